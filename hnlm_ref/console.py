@@ -1,0 +1,27 @@
+"""What a user sees while a stage works: one-sentence errors, lines and progress on stderr."""
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+QUIET = "HNLM_QUIET"  # set by --quiet; an environment variable, so that the stages `hnlm-ref all` starts inherit it
+
+
+class UserError(click.ClickException):
+    """A mistake of the user's, told in one sentence: what, where, the offending value, what to do. Exit code 1."""
+
+
+def say(text: str) -> None:
+    """Print one line to stderr; silent under --quiet."""
+    if not os.environ.get(QUIET):
+        print(text, file=sys.stderr, flush=True)
+
+
+def progress(iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it") -> Any:
+    """tqdm with rate and time left on stderr; nothing when stderr is no terminal or under --quiet (case G06)."""
+    quiet = True if os.environ.get(QUIET) else None  # None: tqdm asks whether stderr is a terminal
+    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=quiet, leave=False, dynamic_ncols=True)

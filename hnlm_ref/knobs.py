@@ -1,0 +1,244 @@
+"""Knobs: a stage's dataclass becomes its command line, a preset's TOML table its defaults.
+
+Order, strongest first: command line, `[methods.NAME]` of the preset (training only), the stage's table in the preset,
+the dataclass. An unknown key or a value of the wrong kind stops the run with one sentence.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hnlm_ref.artifacts import STAGES, Run, run_stage, stage_key
+from hnlm_ref.console import QUIET, UserError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def knob(
+    default: Any,
+    help: str,
+    choices: Iterable[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field with its one-line help, and optionally its allowed words or its bounds (inclusive)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Knobs that every stage shares: the preset's [run] table."""
+
+    run_dir: str = knob("runs/{preset}", "folder of the run; {preset} stands for the preset's name")
+    seed: int = knob(0, "seed of every random choice", low=0)
+    n_seeds: int = knob(1, "train and evaluate with this many seeds: seed, seed + 1, ...", low=1)
+    methods: tuple[str, ...] = knob(("uniform", "dns", "hnlm"), "what to train: [methods.NAME] tables, or samplers")
+    device: str = knob("auto", "where torch computes: auto takes the GPU if there is one", ("auto", "cpu", "cuda"))
+    n_threads: int = knob(0, "threads, 0 for all cores; no result depends on it", low=0)
+
+
+def cast(kind: Any, value: Any) -> Any:
+    """Turn a TOML value or a command-line word into `kind`. Raises ValueError saying what was wanted."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
+    if options:
+        return None if value in (None, "none") else cast(options[0], value)
+    if typing.get_origin(kind) is tuple:
+        values = value.split(",") if isinstance(value, str) else value
+        if not isinstance(values, list | tuple):
+            raise ValueError("a list is wanted")
+        return tuple(cast(typing.get_args(kind)[0], v.strip() if isinstance(v, str) else v) for v in values if v != "")
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if kind is bool and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    elif kind in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = kind(value)
+    if type(value) is not kind or value != value:
+        raise ValueError(f"{words[kind]} is wanted")
+    return value
+
+
+def check(field: dataclasses.Field, value: Any) -> Any:
+    """Cast `value` to the field's type and hold it against its words and bounds. Raises ValueError."""
+    value = cast(field.type, value)
+    choices, low, high = (field.metadata.get(name) for name in ("choices", "low", "high"))
+    for v in value if isinstance(value, tuple) else (value,):
+        if choices and v not in choices and v is not None:
+            raise ValueError(f"one of {', '.join(choices)} is wanted")
+        if v is not None and low is not None and v < low:
+            raise ValueError(f"at least {low} is wanted")
+        if v is not None and high is not None and v > high:
+            raise ValueError(f"at most {high} is wanted")
+    return value
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """End of the sentence on a name that does not exist: the nearest one that does, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+
+
+# ---- presets ----------------------------------------------------------------------------------------------------
+
+
+def load_preset(name: str | None) -> dict[str, dict]:
+    """The tables of a preset, by name or by path to a .toml file; no preset has no tables."""
+    if name is None:
+        return {}
+    path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if not path.is_file():
+        raise UserError(f"no preset {name!r}: {unknown(name, sorted(p.stem for p in PRESETS.glob('*.toml')))}")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"preset {path}: {error}") from error
+    for table in tables:
+        if table not in ("run", *STAGES, "methods", "grid"):
+            raise UserError(
+                f"preset {path}: unknown table [{table}]; {unknown(table, ('run', *STAGES, 'methods', 'grid'))}"
+            )
+    return tables
+
+
+def resolve(config: type, *layers: tuple[str, dict]) -> Any:
+    """Build `config` from its defaults and (where it was said, values) layers, the last one winning."""
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    values: dict[str, Any] = {}
+    for where, layer in layers:
+        for name, value in layer.items():
+            if name not in fields:
+                raise UserError(f"{where}: unknown key {name!r}; {unknown(name, fields)}")
+            try:
+                values[name] = check(fields[name], value)
+            except ValueError as error:
+                raise UserError(f"{where}: {name} = {value!r}: {error}") from error
+    return config(**values)
+
+
+def method_knobs(tables: dict[str, dict], method: str) -> dict:
+    """The overrides of a method; one without a table is the sampler of that name."""
+    return tables.get("methods", {}).get(method, {"sampler": method})
+
+
+# ---- command lines ----------------------------------------------------------------------------------------------
+
+
+class _Knob(click.ParamType):
+    def __init__(self, field: dataclasses.Field):
+        self.field = field
+        kind = field.type
+        self.name = getattr(kind, "__name__", str(kind).removesuffix(" | None"))
+        self.name = {"tuple": "list", "str": "text"}.get(self.name, self.name)
+
+    def convert(self, value, param, ctx):
+        try:
+            return check(self.field, value)
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+    def get_metavar(self, param, ctx):
+        choices = self.field.metadata.get("choices")
+        return "[" + "|".join(choices) + "]" if choices else self.name.upper()
+
+
+def options(config: type) -> list[click.Option]:
+    """One click option per field, its default shown and left unset, so that a preset can tell it was not given."""
+    found = []
+    for field in dataclasses.fields(config):
+        flag = "--" + field.name.replace("_", "-")
+        names = [flag, field.name] if field.type is not bool else [f"{flag}/--no-{flag[2:]}", field.name]
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+        found.append(
+            click.Option(
+                names,
+                type=None if field.type is bool else _Knob(field),
+                default=None,
+                help=f"{field.metadata['help']}  [default: {default}]",
+            )
+        )
+    return found
+
+
+COMMON = (
+    click.Option(["--preset"], help="named settings: " + ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))),
+    click.Option(["--quiet"], is_flag=True, help="no progress and no remarks on stderr"),
+)
+
+
+def given(config: type, params: dict) -> tuple[str, dict]:
+    """The layer of what was typed on the command line."""
+    names = {f.name for f in dataclasses.fields(config)}
+    return "command line", {k: v for k, v in params.items() if k in names and v is not None}
+
+
+def make_run(run: RunConfig, preset: str | None) -> Run:
+    name = Path(preset).stem if preset else "custom"
+    return Run(Path(run.run_dir.format(preset=name)), run.seed, run.device, run.n_threads, preset)
+
+
+class StageCommand(click.Command):
+    """The command of one stage: its dataclass as options, its `main` behind skip, resume and manifest."""
+
+    def __init__(self, stage: str, config: type, main: Callable, reads: Any, files: Callable, folder: Callable):
+        self.stage, self.config, self.main_function = stage, config, main
+        self.reads, self.files, self.folder = reads, files, folder
+        self.source = Path(main.__code__.co_filename)
+        doc = inspect.cleandoc(main.__globals__["__doc__"] or "")
+        shared = [o for o in options(RunConfig) if o.name not in ("n_seeds", "methods")]
+        super().__init__(
+            stage, params=[*COMMON, *options(config), *shared], callback=self._call, help=doc.partition("\n\n")[0]
+        )
+
+    def configure(self, tables: dict[str, dict], typed: tuple[str, dict]) -> Any:
+        """The stage's knobs from all layers. Training reads its method's table too."""
+        layers = [(f"preset [{self.stage}]", tables.get(self.stage, {}))]
+        if self.stage == "train":
+            method = typed[1].get("method") or tables.get("train", {}).get("method") or "uniform"
+            layers.append((f"preset [methods.{method}]", {"method": method, **method_knobs(tables, method)}))
+        return resolve(self.config, *layers, typed)
+
+    def plan(self, cfg: Any, run: Run) -> tuple[str, dict, dict, str]:
+        """Folder, knobs, input fingerprints and key of this stage."""
+        knobs = dataclasses.asdict(cfg)
+        inputs = run.inputs(self.reads(cfg, run) if callable(self.reads) else self.reads)
+        return self.folder(cfg, run), knobs, inputs, stage_key(knobs, run.seed, inputs, self.files(cfg), self.source)
+
+    def _call(self, preset: str | None, quiet: bool, **params: Any) -> None:
+        if quiet:
+            os.environ[QUIET] = "1"
+        tables = load_preset(preset)
+        cfg = self.configure(tables, given(self.config, params))
+        shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params))
+        run = make_run(shared, preset)
+        folder, knobs, inputs, key = self.plan(cfg, run)
+        run_stage(folder, run, knobs, inputs, key, lambda run: self.main_function(cfg, run))
+
+
+def stage_command(
+    stage: str,
+    config: type,
+    main: Callable,
+    reads: Any = (),
+    files: Callable = lambda cfg: (),
+    folder: Callable | None = None,
+) -> StageCommand:
+    """Make the command of a stage.
+
+    main    (config, Run) -> {"counts": ..., "timing": ...}
+    reads   names of the stages it reads, or a function of (config, Run) giving them
+    files   function of the config giving names of outside files that go into the result
+    folder  function of (config, Run) giving the stage's folder; the stage's name if not given
+    """
+    return StageCommand(stage, config, main, reads, files, folder or (lambda cfg, run: stage))
