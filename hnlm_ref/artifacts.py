@@ -210,6 +210,8 @@ class Run:
     device_knob: str = "auto"
     n_threads: int = 0  # 0: all cores
     preset: str | None = None
+    methods: tuple[str, ...] = ()
+    n_seeds: int = 1
     out: Path = Path()  # the stage writes here and nowhere else
 
     @property
@@ -247,6 +249,10 @@ class Run:
         folder = self.folder("prep")
         n_items = int(load_json(folder / "manifest.json")["counts"]["items"])
         return load_csr(folder, "test", n_items)
+
+    def trained(self) -> list[str]:
+        """Folders of every training this run asks for: methods x seeds, in order."""
+        return [f"train/{m}/seed{s}" for m in self.methods for s in range(self.seed, self.seed + self.n_seeds)]
 
     def inputs(self, reads: Iterable[str]) -> dict[str, str]:
         """Fingerprints of the stages read. Raises UserError when two of them were made from different inputs."""

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from hnlm_ref import __version__
-from hnlm_ref.artifacts import STAGES, Run, is_done, load_json
+from hnlm_ref.artifacts import STAGES, Run, is_done
 from hnlm_ref.console import QUIET, UserError, say
 from hnlm_ref.knobs import (
     COMMON,
@@ -26,7 +26,6 @@ from hnlm_ref.knobs import (
     given,
     load_preset,
     make_run,
-    method_knobs,
     options,
     resolve,
     unknown,
@@ -80,7 +79,7 @@ class _All(click.Command):
     def format_epilog(self, ctx, formatter):
         for stage in STAGES:
             rows = []
-            for option in options(load_stage(stage).config):
+            for option in options(dataclasses.fields(load_stage(stage).config)):
                 rows.append((f"-o {stage}.{option.name}=", option.help or ""))
             with formatter.section(f"Knobs of {stage}"):
                 formatter.write_dl(rows)
@@ -99,17 +98,18 @@ def _overrides(words: tuple[str, ...]) -> dict[str, dict[str, str]]:
     return found
 
 
-@main.command("all", cls=_All, params=[*COMMON, *options(RunConfig)])
+@main.command("all", cls=_All, params=[*COMMON, *options(dataclasses.fields(RunConfig))])
 @click.option("-o", "overrides", multiple=True, metavar="STAGE.KEY=VALUE", help="set one knob of one stage")
 def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **params: Any) -> None:
     """Run the five stages in order, skipping what is done, and print the table of results."""
     if quiet:
         os.environ[QUIET] = "1"
     tables, typed = load_preset(preset), _overrides(overrides)
-    shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params))
+    typed_run = given(RunConfig, params)[1]
+    shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), ("command line", typed_run))
     run = make_run(shared, preset)
     commands = {stage: load_stage(stage) for stage in STAGES}
-    steps: list[tuple[str, Run, dict[str, str]]] = []
+    steps: list[tuple[str, Run, dict[str, Any]]] = []
     for stage in STAGES:
         words = typed.get(stage, {})
         if stage != "train":
@@ -126,10 +126,11 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     for stage, stage_run, words in steps:
         command = commands[stage]
         folder, _, _, key = command.plan(command.configure(tables, ("-o", words)), stage_run)
-        line = [sys.executable, str(stage_file(stage)), "--run-dir", str(run.dir), "--seed", str(stage_run.seed)]
-        line += ["--preset", preset] if preset else []
-        line += ["--device", shared.device] if shared.device != RunConfig.device else []
-        line += ["--n-threads", str(shared.n_threads)] if shared.n_threads else []
+        line = [sys.executable, str(stage_file(stage)), *(["--preset", preset] if preset else [])]
+        shown = {f.name for f in command.run_fields}
+        words = words | {name: value for name, value in typed_run.items() if name in shown}
+        if stage == "train":
+            words["seed"] = stage_run.seed
         for name, value in words.items():
             line += _typed(command, name, value)
         say(("# done: " if is_done(run.dir / folder, key) else "$ ") + shlex.join(["python", *line[1:]]))
@@ -141,10 +142,10 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     click.echo(f"run folder: {run.dir}")
 
 
-def _typed(command: StageCommand, name: str, value: str) -> list[str]:
+def _typed(command: StageCommand, name: str, value: Any) -> list[str]:
     """The command-line words that set one knob."""
     flag = name.replace("_", "-")
-    kind = {f.name: f.type for f in dataclasses.fields(command.config)}[name]
+    kind = {f.name: f.type for f in (*dataclasses.fields(command.config), *command.run_fields)}[name]
     if kind is bool:
         return [f"--{flag}" if cast(bool, value) else f"--no-{flag}"]
-    return [f"--{flag}", value]
+    return [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]

@@ -153,10 +153,10 @@ class _Knob(click.ParamType):
         return "[" + "|".join(choices) + "]" if choices else self.name.upper()
 
 
-def options(config: type) -> list[click.Option]:
+def options(fields: Iterable[dataclasses.Field]) -> list[click.Option]:
     """One click option per field, its default shown and left unset, so that a preset can tell it was not given."""
     found = []
-    for field in dataclasses.fields(config):
+    for field in fields:
         flag = "--" + field.name.replace("_", "-")
         names = [flag, field.name] if field.type is not bool else [f"{flag}/--no-{flag[2:]}", field.name]
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
@@ -185,7 +185,8 @@ def given(config: type, params: dict) -> tuple[str, dict]:
 
 def make_run(run: RunConfig, preset: str | None) -> Run:
     name = Path(preset).stem if preset else "custom"
-    return Run(Path(run.run_dir.format(preset=name)), run.seed, run.device, run.n_threads, preset)
+    folder = Path(run.run_dir.replace("{preset}", name))
+    return Run(folder, run.seed, run.device, run.n_threads, preset, run.methods, run.n_seeds)
 
 
 class StageCommand(click.Command):
@@ -196,9 +197,13 @@ class StageCommand(click.Command):
         self.reads, self.files, self.folder = reads, files, folder
         self.source = Path(main.__code__.co_filename)
         doc = inspect.cleandoc(main.__globals__["__doc__"] or "")
-        shared = [o for o in options(RunConfig) if o.name not in ("n_seeds", "methods")]
+        several = () if stage == "eval" else ("n_seeds", "methods")  # only eval looks at more than one training
+        self.run_fields = [f for f in dataclasses.fields(RunConfig) if f.name not in several]
         super().__init__(
-            stage, params=[*COMMON, *options(config), *shared], callback=self._call, help=doc.partition("\n\n")[0]
+            stage,
+            params=[*COMMON, *options(dataclasses.fields(config)), *options(self.run_fields)],
+            callback=self._call,
+            help=doc.partition("\n\n")[0],
         )
 
     def configure(self, tables: dict[str, dict], typed: tuple[str, dict]) -> Any:
