@@ -138,7 +138,9 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
             done = subprocess.run(line)
             if done.returncode:
                 raise SystemExit(done.returncode)
-    click.echo((run.folder("eval") / "report.md").read_text(encoding="utf-8"))
+    from hnlm_ref.report import table
+
+    click.echo(table(run.dir))
     click.echo(f"run folder: {run.dir}")
 
 
