@@ -7,7 +7,8 @@ A run directory holds one folder per stage. A stage writes into a hidden folder 
 
 `key` names what goes in (knobs, seed, fingerprints of the input stages and files); the same key means the work need
 not be done again. `fingerprint` names what came out (the bytes of every file). A manifest repeats the fingerprints
-of its inputs, so two folders made from different preparations are never mixed (cases A22, E13).
+of its inputs, so two folders made from different preparations are never mixed (cases A22, E13). Seconds stand in the
+manifest and in report files alone, which the fingerprint leaves out: all other files are equal for equal keys.
 """
 
 import hashlib
@@ -302,7 +303,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             partial.mkdir(parents=True)
             key_file.write_text(key, encoding="utf-8")
         result = main(replace(run, out=partial))
-        outputs = [p for p in sorted(partial.rglob("*")) if p.is_file() and p != key_file]
+        outputs = [p for p in sorted(partial.rglob("*")) if p.is_file() and p != key_file and p.stem != "report"]
         hashes = {p.relative_to(partial).as_posix(): _sha256(p) for p in outputs}
         seconds = round(time.time() - started, 2)
         manifest = {
