@@ -1,0 +1,52 @@
+"""Fixtures that several test files share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data sets; they are not part of the project, so a test that needs them skips without them."""
+    folder = Path(os.environ.get("HNLM_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set HNLM_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def case_input(shared_data):
+    """Path of one of the small inputs of the collected cases, or skip."""
+    return lambda name: shared_data.parent / "cases" / "inputs" / name
+
+
+def run_cli(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    """Run `hnlm-ref WORDS` as a user would and give back what it printed."""
+    command = [sys.executable, "-m", "hnlm_ref.cli", *map(str, words)]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+@pytest.fixture(scope="session")
+def cli():
+    return run_cli
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory) -> Path:
+    """The toy preset run once to the end; tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    done = run_cli("all", "--preset", "toy", "--run-dir", folder, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,128 @@
+"""Artifacts: whole or absent, skipped when nothing changed, resumed when killed, refused when mixed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hnlm_ref import artifacts
+from hnlm_ref.artifacts import Csr, Run, load_json, load_npy, resolve_path, run_stage, save_json, save_jsonl, save_npy
+from hnlm_ref.console import UserError
+
+
+def stage(run: Run, name: str, value: int, calls: list, reads=(), crash_after: str | None = None):
+    """Run a stage of two steps that resumes from its first step's file."""
+
+    def main(run):
+        step = run.out / "step.npy"
+        calls.append("resumed" if step.exists() else "fresh")
+        save_npy(step, np.array([value]))
+        if crash_after == "step":
+            raise KeyboardInterrupt
+        save_npy(run.out / "result.npy", load_npy(step) * 2)
+        step.unlink()
+        return {"counts": {"value": value}}
+
+    inputs = run.inputs(reads)
+    run_stage(name, run, {"value": value}, inputs, f"{value}{inputs}", main)
+
+
+def test_a_finished_stage_is_skipped_until_its_key_changes(tmp_path):
+    run, calls = Run(tmp_path), []
+    stage(run, "prep", 1, calls)
+    stage(run, "prep", 1, calls)
+    assert calls == ["fresh"]
+    stage(run, "prep", 2, calls)
+    assert calls == ["fresh", "fresh"] and load_npy(tmp_path / "prep" / "result.npy") == [4]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prep"]
+
+
+def test_an_interrupted_stage_resumes_and_the_old_result_stays_until_then(tmp_path):
+    run, calls = Run(tmp_path), []
+    stage(run, "prep", 1, calls)
+    with pytest.raises(KeyboardInterrupt):
+        stage(run, "prep", 2, calls, crash_after="step")
+    assert load_npy(tmp_path / "prep" / "result.npy") == [2]
+    stage(run, "prep", 2, calls)
+    assert calls == ["fresh", "fresh", "resumed"] and load_npy(tmp_path / "prep" / "result.npy") == [4]
+
+
+def test_work_in_progress_of_other_knobs_is_not_resumed(tmp_path):
+    run, calls = Run(tmp_path), []
+    with pytest.raises(KeyboardInterrupt):
+        stage(run, "prep", 1, calls, crash_after="step")
+    stage(run, "prep", 2, calls)
+    assert calls == ["fresh", "fresh"]
+
+
+def test_death_between_manifest_and_rename_is_mended_without_working_again(tmp_path):
+    run, calls = Run(tmp_path), []
+    stage(run, "prep", 1, calls)
+    (tmp_path / "prep").rename(tmp_path / ".prep.partial")
+    stage(run, "prep", 1, calls)
+    assert calls == ["fresh"] and (tmp_path / "prep" / "manifest.json").exists()
+
+
+def test_a_stage_that_fails_at_once_leaves_nothing_behind(tmp_path):
+    def main(run):
+        raise UserError("no such file")
+
+    with pytest.raises(UserError):
+        run_stage("prep", Run(tmp_path), {}, {}, "key", main)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_made_from_different_inputs_are_refused_with_both_fingerprints(tmp_path):
+    run, calls = Run(tmp_path), []
+    stage(run, "prep", 1, calls)
+    old = run.fingerprint("prep")
+    stage(run, "sft", 1, calls, reads=("prep",))
+    stage(run, "prep", 2, calls)
+    new = run.fingerprint("prep")
+    with pytest.raises(UserError) as error:
+        run.inputs(("prep", "sft"))
+    assert old != new and old in error.value.message and new in error.value.message
+
+
+def test_a_missing_input_names_the_command_that_makes_it(tmp_path):
+    run = Run(tmp_path, preset="toy")
+    with pytest.raises(UserError, match="hnlm-ref train --preset toy"):
+        run.folder("train/dns/seed0")
+
+
+def test_the_manifest_repeats_knobs_counts_and_the_bytes_of_every_file(tmp_path):
+    run = Run(tmp_path, seed=3)
+    stage(run, "prep", 1, [])
+    manifest = load_json(tmp_path / "prep" / "manifest.json")
+    assert manifest["knobs"] == {"value": 1} and manifest["counts"] == {"value": 1} and manifest["seed"] == 3
+    assert list(manifest["files"]) == ["result.npy"]
+    assert manifest["files"]["result.npy"] == artifacts._sha256(tmp_path / "prep" / "result.npy")
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    save_json(tmp_path / "a.json", [1])
+    with pytest.raises(TypeError):
+        save_jsonl(tmp_path / "a.json", [{"a": 1}, {"a": object()}])
+    assert load_json(tmp_path / "a.json") == [1] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_set_of_pairs_is_sorted_unique_and_keeps_empty_rows():
+    csr = Csr.from_pairs(np.array([2, 0, 2, 2]), np.array([1, 3, 0, 1]), 4, 5)
+    assert csr.indptr.tolist() == [0, 1, 1, 3, 3] and csr.indices.tolist() == [3, 0, 1]
+    assert csr.pairs().tolist() == [[0, 3], [2, 0], [2, 1]] and csr.degrees().tolist() == [1, 0, 2, 0]
+    both = csr.union(Csr.from_pairs(np.array([1, 2]), np.array([4, 1]), 4, 5))
+    assert both.pairs().tolist() == [[0, 3], [1, 4], [2, 0], [2, 1]]
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_pip_line():
+    with pytest.raises(UserError, match="pip install --no-deps no-such-thing"):
+        resolve_path("package:no_such_thing/file")
+    with pytest.raises(UserError, match=r"holds no 'nothing\.txt'"):
+        resolve_path("package:numpy/nothing.txt")
+    assert resolve_path("package:numpy/__init__.py").name == "__init__.py"
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"\[prep\] .*file"):
+        stage(dataclasses.replace(Run(tmp_path), dir=tmp_path / "file"), "prep", 1, [])
