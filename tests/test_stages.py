@@ -1,0 +1,125 @@
+"""The whole pipeline as a user runs it: help at once, the same result twice, killed and resumed, from a wheel."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from hnlm_ref.artifacts import STAGES, load_json
+from hnlm_ref.cli import load_stage, stage_file
+
+
+def fingerprints(run: Path) -> dict[str, str]:
+    manifests = sorted(path for path in run.rglob("manifest.json") if ".old" not in str(path))
+    return {str(path.parent.relative_to(run)): load_json(path)["fingerprint"] for path in manifests}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_every_knob_with_its_default_and_does_not_import_torch(stage):
+    program = (
+        "import sys, runpy; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'polars' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    command = [sys.executable, "-c", program, str(stage_file(stage))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    for option in load_stage(stage).params:
+        assert option.opts[0] in done.stdout
+        assert option.name in ("preset", "quiet") or "[default: " in (option.help or "")
+
+
+def test_help_of_all_shows_the_knobs_of_every_stage(cli):
+    text = cli("all", "--help").stdout
+    for stage in STAGES:
+        for option in load_stage(stage).params:
+            if option.name in load_stage(stage).config.__dataclass_fields__:
+                assert f"-o {stage}.{option.name}=" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("evl",), "no command 'evl': did you mean 'eval'?"),
+        (("all", "--preset", "tay"), "no preset 'tay': did you mean 'toy'?"),
+        (("all", "--preset", "toy", "-o", "train.n_epoch=5"), "-o: unknown key 'n_epoch'; did you mean 'n_epochs'?"),
+        (("all", "--preset", "toy", "-o", "trian.n_epochs=5"), "no stage 'trian'; did you mean 'train'?"),
+        (("all", "--preset", "toy", "-o", "n_epochs=5"), "-o n_epochs=5: STAGE.KEY=VALUE is wanted"),
+        (("all", "--preset", "toy", "-o", "train.n_epochs=five"), "n_epochs = 'five': a whole number is wanted"),
+        (("eval", "--preset", "toy", "--k", "0"), "'0': at least 1 is wanted"),
+        (("train", "--preset", "toy", "--run-dir", "empty"), "run: hnlm-ref prep --preset toy --run-dir empty"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_a_non_zero_exit(cli, tmp_path, words, sentence):
+    done = cli(*words, cwd=tmp_path)
+    assert done.returncode != 0 and sentence in done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_second_call_finds_the_finished_stages_and_prints_the_table_again(cli, toy_run):
+    before = fingerprints(toy_run)
+    done = cli("all", "--preset", "toy", "--run-dir", toy_run)
+    assert done.returncode == 0 and done.stderr.count("# done: ") == 7 and "$ " not in done.stderr
+    assert re.search(r"uniform +0\.\d{4}", done.stdout) and str(toy_run) in done.stdout
+    assert fingerprints(toy_run) == before
+
+
+def test_a_changed_knob_runs_its_stage_and_what_depends_on_it_again(cli, toy_run, tmp_path):
+    shutil.copytree(toy_run, tmp_path / "run")
+    done = cli("all", "--preset", "toy", "--run-dir", tmp_path / "run", "-o", "eval.k=5")
+    assert done.returncode == 0 and done.stderr.count("# done: ") == 6
+    assert "recall@5" in done.stdout
+
+
+def test_killed_in_every_stage_the_result_is_that_of_an_undisturbed_run(cli, toy_run, tmp_path):
+    words = ["all", "--preset", "toy", "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "hnlm_ref.cli", *words]
+    for stage in (".prep", ".sft", ".generate", "train/hnlm/.seed0", ".eval"):
+        partial = tmp_path / "run" / f"{stage}.partial"
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None and not partial.exists():
+            time.sleep(0.01)
+        time.sleep(0.5 if stage in (".sft", ".generate", "train/hnlm/.seed0") else 0)  # into its work
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert cli(*words).returncode == 0
+    assert fingerprints(tmp_path / "run") == fingerprints(toy_run)
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".old", ".tmp"))]
+
+
+def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
+    if shutil.which("cargo") is None:
+        pytest.skip("cargo is not on the PATH, so no wheel can be built")
+    build = ["maturin", "build", "--release", "--quiet", "--out", str(tmp_path / "dist")]
+    subprocess.run([sys.executable, "-m", *build], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert "cp311-abi3" in wheel.name
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert {p.name for p in (tmp_path / "site" / "hnlm_ref" / "stages").glob("0*.py")} == {
+        stage_file(stage).name for stage in STAGES
+    }
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "hnlm_ref.cli", "prep", "--preset", "toy"],
+        cwd=tmp_path / "empty",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "empty" / "runs" / "toy" / "prep" / "manifest.json").exists()
