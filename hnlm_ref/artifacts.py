@@ -119,6 +119,12 @@ class Csr:
         rows = np.repeat(np.arange(self.n_rows, dtype=np.int32), self.degrees())
         return np.stack([rows, self.indices], axis=1)
 
+    def take(self, rows: np.ndarray) -> "Csr":
+        """The given rows, in that order."""
+        kept = [self.indices[:0], *(self.row(r) for r in rows)]
+        indptr = np.concatenate([[0], np.cumsum(self.degrees()[rows])])
+        return Csr(indptr.astype(np.int64), np.concatenate(kept), self.n_cols)
+
     def union(self, other: "Csr") -> "Csr":
         both = np.concatenate([self.pairs(), other.pairs()])
         return Csr.from_pairs(both[:, 0], both[:, 1], self.n_rows, self.n_cols)
