@@ -1,0 +1,299 @@
+//! Who may be a negative: draws from the complement of a user's training row, and a filter.
+
+use rayon::prelude::*;
+
+use crate::csr::{CsrView, check_users};
+use crate::error::{Error, Result};
+use crate::random::{Stream, below};
+
+/// Draws per parallel task; small enough to balance, large enough to forget the task's cost.
+const DRAWS_PER_TASK: usize = 1 << 15;
+
+/// Fills `out`, `n_negatives` per entry of `users`, uniformly with replacement from the items
+/// the user does not own.
+pub fn sample_uniform(csr: CsrView, users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32]) -> Result<()> {
+    each_run(csr, users, n_negatives, out, |rows, owned, user, out| {
+        let free = csr.n_cols - owned.items.len();
+        if free == 0 {
+            return Err(Error::NoFreeItem { user, seen: csr.n_cols, n_items: csr.n_cols });
+        }
+        if owned.items.len() * 4 > csr.n_cols {
+            draw_all(seed, rows, n_negatives, out, |word| below(word, free as u32).map(|rank| owned.free_item(rank)));
+        } else {
+            owned.mark();
+            let n_items = csr.n_cols as u32;
+            draw_all(seed, rows, n_negatives, out, |word| {
+                below(word, n_items).map(|item| item as i32).filter(|&item| !owned.has(item))
+            });
+        }
+        Ok(())
+    })
+}
+
+/// The same with probability proportional to `weights` among the free items.
+pub fn sample_popularity(
+    csr: CsrView,
+    weights: &[f64],
+    users: &[i32],
+    n_negatives: usize,
+    seed: u64,
+    out: &mut [i32],
+) -> Result<()> {
+    let table = AliasTable::new(weights)?;
+    each_run(csr, users, n_negatives, out, |rows, owned, user, out| {
+        let mass: f64 = owned.items.iter().map(|&item| weights[item as usize]).sum();
+        if mass > 0.75 * table.total {
+            let free = FreeMass::new(weights, owned.items);
+            if free.items.is_empty() {
+                return Err(Error::NoFreeItem { user, seen: owned.items.len(), n_items: csr.n_cols });
+            }
+            draw_all(seed, rows, n_negatives, out, |word| Some(free.draw(word)));
+        } else {
+            owned.mark();
+            draw_all(seed, rows, n_negatives, out, |word| table.draw(word).filter(|&item| !owned.has(item)));
+        }
+        Ok(())
+    })
+}
+
+/// Copies each row of `candidates` without the user's own items and without -1 to the left of
+/// `out`, pads with -1, and counts what is left in `kept`.
+pub fn filter_candidates(
+    csr: CsrView,
+    users: &[i32],
+    candidates: &[i32],
+    out: &mut [i32],
+    kept: &mut [i32],
+) -> Result<()> {
+    check_users(users, csr.n_rows())?;
+    if let Some(position) = candidates.iter().position(|&item| item < -1) {
+        let found = candidates[position] as i64;
+        return Err(Error::Index { name: "candidates", position, found, bound: i32::MAX as usize });
+    }
+    let width = candidates.len() / users.len().max(1);
+    out.fill(-1);
+    for (row, &user) in users.iter().enumerate() {
+        let owned = csr.row(user as usize)?;
+        let span = row * width..(row + 1) * width;
+        let free = candidates[span.clone()].iter().filter(|&&item| item >= 0 && owned.binary_search(&item).is_err());
+        kept[row] = out[span].iter_mut().zip(free).map(|(slot, &item)| *slot = item).count() as i32;
+    }
+    Ok(())
+}
+
+/// Calls `fill(rows, owned items, user, out)` for every run of equal neighbours in `users`, in
+/// parallel: what is prepared for a user serves all rows of the run.
+fn each_run(
+    csr: CsrView,
+    users: &[i32],
+    n_negatives: usize,
+    out: &mut [i32],
+    fill: impl Fn(std::ops::Range<usize>, &mut Owned, usize, &mut [i32]) -> Result<()> + Sync,
+) -> Result<()> {
+    check_users(users, csr.n_rows())?;
+    if n_negatives == 0 {
+        return Ok(());
+    }
+    let rows_per_task = DRAWS_PER_TASK.div_ceil(n_negatives);
+    out.par_chunks_mut(rows_per_task * n_negatives).zip(users.par_chunks(rows_per_task)).enumerate().try_for_each_init(
+        || vec![0u64; csr.n_cols.div_ceil(64)],
+        |bits, (task, (mut out, users))| {
+            let mut row = task * rows_per_task;
+            for run in users.chunk_by(|a, b| a == b) {
+                let user = run[0] as usize;
+                let (head, tail) = out.split_at_mut(run.len() * n_negatives);
+                let mut owned = Owned { items: csr.row(user)?, bits, marked: false };
+                let filled = fill(row..row + run.len(), &mut owned, user, head);
+                owned.unmark();
+                filled?;
+                (out, row) = (tail, row + run.len());
+            }
+            Ok(())
+        },
+    )
+}
+
+/// Fills `out` row by row: draw `j` of row `r` is the first accepted word of its stream.
+fn draw_all(
+    seed: u64,
+    rows: std::ops::Range<usize>,
+    n_negatives: usize,
+    out: &mut [i32],
+    accept: impl Fn(u64) -> Option<i32>,
+) {
+    for (row, out) in rows.zip(out.chunks_exact_mut(n_negatives)) {
+        let stream = Stream::new(seed, row as u64);
+        for (draw, slot) in out.iter_mut().enumerate() {
+            let mut words = (0..).map(|attempt| stream.word(draw as u64, attempt));
+            *slot = words.find_map(&accept).unwrap_or(-1);
+        }
+    }
+}
+
+/// A user's items, as the sorted row and, once marked, as a bitset over the catalogue.
+struct Owned<'a> {
+    items: &'a [i32],
+    bits: &'a mut [u64],
+    marked: bool,
+}
+
+impl Owned<'_> {
+    fn mark(&mut self) {
+        self.marked = true;
+        self.items.iter().for_each(|&item| self.bits[item as usize / 64] |= 1 << (item % 64));
+    }
+
+    fn unmark(&mut self) {
+        if self.marked {
+            self.items.iter().for_each(|&item| self.bits[item as usize / 64] = 0);
+        }
+    }
+
+    fn has(&self, item: i32) -> bool {
+        self.bits[item as usize / 64] >> (item % 64) & 1 == 1
+    }
+
+    /// The free item that has `rank` free items before it. `items[j] - j` free items stand before
+    /// `items[j]`, a number that never falls, so a binary search counts the owned ones in front.
+    fn free_item(&self, rank: u32) -> i32 {
+        let (mut low, mut high) = (0, self.items.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.items[middle] as usize - middle <= rank as usize {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        rank as i32 + low as i32
+    }
+}
+
+/// Walker's alias table (built as by Vose 1991): column `c` stands for one item with probability
+/// `keep / 2^32` and for another otherwise, and all columns are equally likely. One word makes a
+/// draw: its upper half chooses the column, its lower half the item.
+struct AliasTable {
+    columns: Vec<(u32, i32, i32)>,
+    total: f64,
+}
+
+impl AliasTable {
+    fn new(weights: &[f64]) -> Result<Self> {
+        if let Some(at) = weights.iter().position(|w| !w.is_finite() || *w < 0.0) {
+            let found = format!("{} at item {at}", weights[at]);
+            return Err(Error::Argument { name: "weights", found, expected: "finite and not negative" });
+        }
+        let items: Vec<i32> = (0..weights.len() as i32).filter(|&item| weights[item as usize] > 0.0).collect();
+        let total: f64 = items.iter().map(|&item| weights[item as usize]).sum();
+        if !total.is_finite() {
+            return Err(Error::Argument { name: "weights", found: "a sum of inf".into(), expected: "a finite sum" });
+        }
+        let unit = items.len() as f64 / total;
+        let mut share: Vec<f64> = items.iter().map(|&item| weights[item as usize] * unit).collect();
+        let mut columns: Vec<(u32, i32, i32)> = items.iter().map(|&item| (u32::MAX, item, item)).collect();
+        let (mut small, mut large): (Vec<usize>, Vec<usize>) = (0..items.len()).partition(|&c| share[c] < 1.0);
+        while let (Some(&giver), Some(taker)) = (large.last(), small.pop()) {
+            columns[taker] = ((share[taker] * 4_294_967_296.0) as u32, items[taker], items[giver]);
+            share[giver] -= 1.0 - share[taker];
+            if share[giver] < 1.0 {
+                large.pop();
+                small.push(giver);
+            }
+        }
+        Ok(Self { columns, total })
+    }
+
+    #[inline(always)]
+    fn draw(&self, word: u64) -> Option<i32> {
+        let (keep, own, other) = self.columns[below(word, self.columns.len() as u32)? as usize];
+        Some(if (word as u32) < keep { own } else { other })
+    }
+}
+
+/// Cumulative weights of the free items, for users who own most of the mass: there the table
+/// would be asked again and again.
+struct FreeMass {
+    items: Vec<i32>,
+    cumulative: Vec<f64>,
+}
+
+impl FreeMass {
+    fn new(weights: &[f64], owned: &[i32]) -> Self {
+        let free = |item: &i32| weights[*item as usize] > 0.0 && owned.binary_search(item).is_err();
+        let items: Vec<i32> = (0..weights.len() as i32).filter(free).collect();
+        let mut sum = 0.0;
+        let cumulative = items.iter().map(|&item| {
+            sum += weights[item as usize];
+            sum
+        });
+        Self { cumulative: cumulative.collect(), items }
+    }
+
+    fn draw(&self, word: u64) -> i32 {
+        let last = self.items.len() - 1;
+        let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * self.cumulative[last];
+        self.items[self.cumulative.partition_point(|&sum| sum <= point).min(last)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draws(indices: &[i32], n_items: usize, n: usize, weights: Option<&[f64]>) -> Result<Vec<i32>> {
+        let indptr = [0, indices.len() as i64];
+        let csr = CsrView::new(&indptr, indices, n_items)?;
+        let mut out = vec![-1; n];
+        match weights {
+            None => sample_uniform(csr, &[0], n, 7, &mut out)?,
+            Some(weights) => sample_popularity(csr, weights, &[0], n, 7, &mut out)?,
+        }
+        Ok(out)
+    }
+
+    fn share(draws: &[i32], item: i32) -> f64 {
+        draws.iter().filter(|&&drawn| drawn == item).count() as f64 / draws.len() as f64
+    }
+
+    #[test]
+    fn the_one_free_item_is_found_at_once() {
+        let owned: Vec<i32> = (0..10_000).filter(|&item| item != 4321).collect();
+        assert_eq!(draws(&owned, 10_000, 1000, None).unwrap(), [4321; 1000]);
+    }
+
+    #[test]
+    fn a_user_with_everything_is_an_error() {
+        let full = Error::NoFreeItem { user: 0, seen: 3, n_items: 3 };
+        assert_eq!(draws(&[0, 1, 2], 3, 1, None), Err(full.clone()));
+        assert_eq!(draws(&[0, 1, 2], 3, 1, Some(&[1.0, 2.0, 3.0])), Err(full));
+    }
+
+    #[test]
+    fn free_items_are_equally_likely_in_sparse_and_in_dense_rows() {
+        for owned in [&[2][..], &[0, 2, 3]] {
+            let drawn = draws(owned, 6, 60_000, None).unwrap();
+            for item in 0..6 {
+                let expected = if owned.contains(&item) { 0.0 } else { 1.0 / (6 - owned.len()) as f64 };
+                assert!((share(&drawn, item) - expected).abs() < 0.01);
+            }
+        }
+    }
+
+    #[test]
+    fn popularity_is_followed_among_the_free_items() {
+        // Weights 8:1:1 (case B06), then without item 0, whose mass of 0.8 asks for `FreeMass`.
+        let drawn = draws(&[], 3, 60_000, Some(&[8.0, 1.0, 1.0])).unwrap();
+        assert!((share(&drawn, 0) - 0.8).abs() < 0.01 && (share(&drawn, 1) - 0.1).abs() < 0.01);
+        let drawn = draws(&[0], 3, 60_000, Some(&[8.0, 1.0, 1.0])).unwrap();
+        assert!(share(&drawn, 0) == 0.0 && (share(&drawn, 1) - 0.5).abs() < 0.01);
+        assert_eq!(share(&draws(&[], 3, 1000, Some(&[1.0, 0.0, 1.0])).unwrap(), 1), 0.0);
+    }
+
+    #[test]
+    fn the_filter_packs_to_the_left() {
+        let csr = CsrView::new(&[0, 2, 2], &[1, 3], 9).unwrap();
+        let (mut out, mut kept) = ([0; 6], [0; 2]);
+        filter_candidates(csr, &[0, 1], &[3, 8, 1, -1, 1, 1], &mut out, &mut kept).unwrap();
+        assert_eq!((out, kept), ([8, -1, -1, 1, 1, -1], [1, 2]));
+    }
+}

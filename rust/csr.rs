@@ -1,0 +1,132 @@
+//! Borrowed CSR matrix. The frame is checked when it is made, a row when it is read: a batch of
+//! a thousand users pays for a thousand rows and not for the whole log.
+
+use crate::error::{Error, Result};
+
+#[derive(Clone, Copy)]
+pub struct CsrView<'a> {
+    indptr: &'a [i64],
+    indices: &'a [i32],
+    pub n_cols: usize,
+    names: (&'static str, &'static str),
+}
+
+impl<'a> CsrView<'a> {
+    /// A matrix whose columns are the items `0..n_cols`.
+    pub fn new(indptr: &'a [i64], indices: &'a [i32], n_cols: usize) -> Result<Self> {
+        Self::named(indptr, indices, n_cols, ("indptr", "indices"))
+    }
+
+    /// The held-out items; errors speak of `test_indptr` and `test_indices`.
+    pub fn held_out(indptr: &'a [i64], indices: &'a [i32], n_cols: usize) -> Result<Self> {
+        Self::named(indptr, indices, n_cols, ("test_indptr", "test_indices"))
+    }
+
+    fn named(
+        indptr: &'a [i64],
+        indices: &'a [i32],
+        n_cols: usize,
+        names: (&'static str, &'static str),
+    ) -> Result<Self> {
+        if indptr.is_empty() {
+            return Err(Error::Length { name: names.0, expected: 1, found: 0 });
+        }
+        if n_cols > i32::MAX as usize {
+            return Err(Error::Argument { name: "n_items", found: n_cols.to_string(), expected: "at most 2147483647" });
+        }
+        let csr = Self { indptr, indices, n_cols, names };
+        if indptr[0] != 0 {
+            return Err(Error::Indptr { name: names.0, row: 0 });
+        }
+        if indptr[csr.n_rows()] != indices.len() as i64 {
+            return Err(Error::Indptr { name: names.0, row: csr.n_rows() });
+        }
+        Ok(csr)
+    }
+
+    pub fn n_rows(&self) -> usize {
+        self.indptr.len() - 1
+    }
+
+    pub fn nnz(&self) -> usize {
+        self.indices.len()
+    }
+
+    /// The matrix has to have one row per user of the other arguments.
+    pub fn expect_rows(&self, expected: usize) -> Result<()> {
+        if self.n_rows() == expected {
+            return Ok(());
+        }
+        Err(Error::Length { name: self.names.0, expected: expected + 1, found: self.indptr.len() })
+    }
+
+    /// Where row `row` lies in `indices`.
+    pub fn span(&self, row: usize) -> Result<std::ops::Range<usize>> {
+        let (start, end) = (self.indptr[row], self.indptr[row + 1]);
+        if start < 0 || start > end || end > self.nnz() as i64 {
+            return Err(Error::Indptr { name: self.names.0, row });
+        }
+        Ok(start as usize..end as usize)
+    }
+
+    /// The items of one row, checked: inside the catalogue, ascending, unique.
+    pub fn row(&self, row: usize) -> Result<&'a [i32]> {
+        let span = self.span(row)?;
+        let items = &self.indices[span.clone()];
+        if !items.windows(2).all(|pair| pair[0] < pair[1]) {
+            let at = items.windows(2).position(|pair| pair[0] >= pair[1]).unwrap_or(0);
+            return Err(Error::Unsorted { name: self.names.1, row, item: items[at + 1] });
+        }
+        for at in [0, items.len().wrapping_sub(1)] {
+            if items.get(at).is_some_and(|&item| item < 0 || item as usize >= self.n_cols) {
+                let found = items[at] as i64;
+                return Err(Error::Index { name: self.names.1, position: span.start + at, found, bound: self.n_cols });
+            }
+        }
+        Ok(items)
+    }
+
+    /// Every row in order, for callers that visit them all.
+    pub fn rows(&self) -> Result<Vec<&'a [i32]>> {
+        (0..self.n_rows()).map(|row| self.row(row)).collect()
+    }
+}
+
+/// The user numbers of a batch as row numbers.
+pub fn check_users(users: &[i32], n_rows: usize) -> Result<()> {
+    match users.iter().position(|&user| user < 0 || user as usize >= n_rows) {
+        None => Ok(()),
+        Some(position) => Err(Error::Index { name: "users", position, found: users[position] as i64, bound: n_rows }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_slices_of_the_indices() {
+        let csr = CsrView::new(&[0, 2, 2, 3], &[1, 4, 0], 5).unwrap();
+        assert_eq!(csr.rows().unwrap(), [&[1, 4][..], &[], &[0]]);
+        assert_eq!(CsrView::new(&[0], &[], 0).unwrap().n_rows(), 0);
+    }
+
+    #[test]
+    fn a_wrong_frame_is_refused() {
+        assert!(matches!(CsrView::new(&[], &[], 5), Err(Error::Length { .. })));
+        assert!(matches!(CsrView::new(&[1, 2], &[0, 1], 5), Err(Error::Indptr { row: 0, .. })));
+        assert!(matches!(CsrView::new(&[0, 1], &[0, 1], 5), Err(Error::Indptr { row: 1, .. })));
+        let dented = CsrView::new(&[0, 2, 1, 2], &[0, 1], 5).unwrap();
+        assert_eq!(dented.row(1), Err(Error::Indptr { name: "indptr", row: 1 }));
+    }
+
+    #[test]
+    fn a_wrong_row_is_refused_with_its_value() {
+        let csr = CsrView::held_out(&[0, 2, 4, 5, 6], &[1, 1, 0, 7, -1, 3], 5).unwrap();
+        assert_eq!(csr.row(0), Err(Error::Unsorted { name: "test_indices", row: 0, item: 1 }));
+        assert_eq!(csr.row(1), Err(Error::Index { name: "test_indices", position: 3, found: 7, bound: 5 }));
+        assert_eq!(csr.row(2), Err(Error::Index { name: "test_indices", position: 4, found: -1, bound: 5 }));
+        assert_eq!(csr.row(3), Ok(&[3][..]));
+        assert!(check_users(&[0, 4], 4).is_err());
+    }
+}

@@ -1,0 +1,100 @@
+//! Per-user metrics from the ranks of the held-out items. The conventions stand in
+//! `hnlm_ref/metrics.py`.
+
+use crate::csr::CsrView;
+use crate::error::{Error, Result};
+
+/// Recall, NDCG, precision, hit, reciprocal rank, average precision: the order of the output.
+pub const N_METRICS: usize = 6;
+
+/// The rank of every held-out item in a given list `[U, k]`, 0 where it is missing.
+pub fn ranks_in_lists(lists: &[i32], k: usize, held_out: CsrView, ranks: &mut [i32]) -> Result<()> {
+    ranks.fill(0);
+    for user in 0..held_out.n_rows() {
+        let ranks = &mut ranks[held_out.span(user)?];
+        let items = held_out.row(user)?;
+        for (at, item) in lists[user * k..(user + 1) * k].iter().enumerate() {
+            if let Ok(slot) = items.binary_search(item)
+                && ranks[slot] == 0
+            {
+                ranks[slot] = at as i32 + 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All metrics at every cut-off of `ks`, into `out` `[N_METRICS, n_k, U]`; NaN for users with
+/// nothing held out. `spans[u]` is where the ranks of user `u` lie.
+pub fn user_metrics(ranks: &[i32], spans: &[std::ops::Range<usize>], ks: &[i64], out: &mut [f64]) -> Result<()> {
+    if let Some(position) = ks.iter().position(|&k| k < 1) {
+        return Err(Error::Argument { name: "ks", found: ks[position].to_string(), expected: "1 or more" });
+    }
+    if let Some(position) = ranks.iter().position(|&rank| rank < 0) {
+        let found = ranks[position] as i64;
+        return Err(Error::Index { name: "ranks", position, found, bound: i32::MAX as usize });
+    }
+    let (n_users, plane) = (spans.len(), ks.len() * spans.len());
+    for (user, span) in spans.iter().enumerate() {
+        let mut sorted: Vec<i32> = ranks[span.clone()].iter().copied().filter(|&rank| rank > 0).collect();
+        sorted.sort_unstable();
+        for (at, &k) in ks.iter().enumerate() {
+            for (metric, value) in one_user(&sorted, span.len(), k).into_iter().enumerate() {
+                out[metric * plane + at * n_users + user] = value;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Metrics of one user at one cut-off from the sorted ranks of the `n_held_out` items found.
+fn one_user(ranks: &[i32], n_held_out: usize, k: i64) -> [f64; N_METRICS] {
+    if n_held_out == 0 {
+        return [f64::NAN; N_METRICS];
+    }
+    let hits = &ranks[..ranks.partition_point(|&rank| rank as i64 <= k)];
+    let (n_hits, ideal) = (hits.len() as f64, n_held_out.min(k as usize));
+    let gain = |rank: usize| 1.0 / (rank as f64 + 1.0).log2();
+    let dcg: f64 = hits.iter().map(|&rank| gain(rank as usize)).sum();
+    let best: f64 = (1..=ideal).map(gain).sum();
+    let precisions: f64 = hits.iter().enumerate().map(|(at, &rank)| (at + 1) as f64 / rank as f64).sum();
+    [
+        n_hits / n_held_out as f64,
+        dcg / best,
+        n_hits / k as f64,
+        f64::from(!hits.is_empty()),
+        hits.first().map_or(0.0, |&rank| 1.0 / rank as f64),
+        precisions / ideal as f64,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn close(found: [f64; N_METRICS], expected: [f64; N_METRICS]) {
+        for (a, b) in found.into_iter().zip(expected) {
+            assert!((a - b).abs() < 1e-6, "{found:?} is not {expected:?}");
+        }
+    }
+
+    #[test]
+    fn worked_example() {
+        // Case C01: ranks 1, 3, 6 of three held-out items, so at K = 3 NDCG is
+        // (1 + 1/2) / (1 + 1/log2(3) + 1/2) and MAP (1/1 + 2/3) / 3.
+        close(one_user(&[1, 3, 6], 3, 3), [2.0 / 3.0, 0.703918, 2.0 / 3.0, 1.0, 1.0, 5.0 / 9.0]);
+        close(one_user(&[1, 3, 6], 3, 1), [1.0 / 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+        // Case C02: one hit of three is not a perfect list.
+        close(one_user(&[1], 3, 3), [1.0 / 3.0, 0.469279, 1.0 / 3.0, 1.0, 1.0, 1.0 / 3.0]);
+        close(one_user(&[], 2, 3), [0.0; N_METRICS]);
+        assert!(one_user(&[], 0, 3).iter().all(|value| value.is_nan()));
+    }
+
+    #[test]
+    fn ranks_are_places_in_the_list() {
+        let held_out = CsrView::held_out(&[0, 2, 2, 3], &[4, 7, 1], 9).unwrap();
+        let mut ranks = [9; 3];
+        ranks_in_lists(&[7, 2, 4, 1, 1, 1, -1, -1, -1], 3, held_out, &mut ranks).unwrap();
+        assert_eq!(ranks, [3, 1, 0]);
+    }
+}

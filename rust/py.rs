@@ -1,0 +1,525 @@
+//! The Python module `hnlm_ref._core`: checks arguments, releases the interpreter lock, calls the
+//! pure functions. The only file that knows Python or NumPy.
+
+use half::f16;
+use numpy::ndarray::{Array, Dimension, Ix1, Ix2, Ix3};
+use numpy::{
+    Element, IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray, PyReadwriteArray2, PyUntypedArray,
+    PyUntypedArrayMethods,
+};
+use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::csr::CsrView;
+use crate::error::{Error, Result};
+use crate::matching::Band;
+use crate::scan::{Values, Vectors};
+use crate::{candidates, matching, metrics, threads, topk};
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Index { .. } => PyIndexError::new_err(error.to_string()),
+            _ => PyValueError::new_err(error.to_string()),
+        }
+    }
+}
+
+/// An array argument of exactly this dtype and number of dimensions, in C order: nothing is
+/// converted or copied in silence. (`as_slice` alone would also accept column-major arrays.)
+struct Input<'py, T: Element, D: Dimension>(PyReadonlyArray<'py, T, D>);
+
+impl<'a, 'py, T: Element, D: Dimension> FromPyObject<'a, 'py> for Input<'py, T, D> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let array = object.extract::<PyReadonlyArray<T, D>>();
+        match array {
+            Ok(array) if array.is_c_contiguous() => Ok(Self(array)),
+            _ => Err(PyTypeError::new_err(format!(
+                "expected a C-contiguous {}-dimensional {} array, found {}",
+                D::NDIM.unwrap_or(0),
+                numpy::dtype::<T>(object.py()),
+                describe(&object)
+            ))),
+        }
+    }
+}
+
+/// What was passed instead of the expected array.
+fn describe(object: &Bound<'_, PyAny>) -> String {
+    match object.cast::<PyUntypedArray>() {
+        Err(_) => object.get_type().to_string(),
+        Ok(array) => {
+            let order = if array.is_c_contiguous() { "C-contiguous" } else { "not C-contiguous" };
+            format!("{order}, {}-dimensional, {}", array.ndim(), array.dtype())
+        }
+    }
+}
+
+impl<T: Element, D: Dimension> Input<'_, T, D> {
+    fn slice(&self) -> &[T] {
+        self.0.as_slice().unwrap_or(&[]) // contiguous: checked when it was made
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.0.shape()
+    }
+}
+
+type Ints<'py> = Input<'py, i32, Ix1>;
+type Longs<'py> = Input<'py, i64, Ix1>;
+type Table<'py> = Input<'py, f32, Ix2>;
+
+/// Vectors in either precision.
+enum Floats<'py> {
+    Single(Table<'py>),
+    Half(Input<'py, f16, Ix2>),
+}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Floats<'py> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(half) = object.extract() {
+            return Ok(Self::Half(half));
+        }
+        object.extract().map(Self::Single).map_err(|_| {
+            let expected = "a C-contiguous 2-dimensional float32 or float16 array";
+            PyTypeError::new_err(format!("expected {expected}, found {}", describe(&object)))
+        })
+    }
+}
+
+impl Floats<'_> {
+    fn vectors(&self) -> Vectors<'_> {
+        match self {
+            Self::Single(table) => table.vectors(),
+            Self::Half(table) => Vectors::new(Values::F16(table.slice()), table.shape()[1], table.shape()[0]),
+        }
+    }
+}
+
+impl Table<'_> {
+    fn vectors(&self) -> Vectors<'_> {
+        Vectors::new(Values::F32(self.slice()), self.shape()[1], self.shape()[0])
+    }
+}
+
+type Filtered<'py> = (Bound<'py, PyArray2<i32>>, Bound<'py, PyArray1<i32>>);
+type Lists<'py> = (Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f32>>);
+
+/// Runs `fill` without the interpreter lock on fresh `[rows, k]` arrays of items and scores.
+fn lists<'py>(
+    py: Python<'py>,
+    (rows, k): (usize, usize),
+    n_threads: usize,
+    fill: impl FnOnce(&mut [i32], &mut [f32]) -> Result<()> + Send,
+) -> PyResult<Lists<'py>> {
+    let size = checked_size(rows, k)?;
+    let (items, scores) = py.detach(|| {
+        let (mut items, mut scores) = (vec![-1; size], vec![f32::NEG_INFINITY; size]);
+        threads::run(n_threads, || fill(&mut items, &mut scores))?;
+        Ok::<_, Error>((items, scores))
+    })?;
+    Ok((shaped(py, items, Ix2(rows, k))?, shaped(py, scores, Ix2(rows, k))?))
+}
+
+fn checked_size(rows: usize, k: usize) -> Result<usize> {
+    let too_long = Error::Argument { name: "k", found: k.to_string(), expected: "a list length that fits into memory" };
+    rows.checked_mul(k).filter(|size| *size < 1 << 40).ok_or(too_long)
+}
+
+fn shaped<T: Element, D: Dimension>(
+    py: Python<'_>,
+    values: Vec<T>,
+    shape: D,
+) -> PyResult<Bound<'_, numpy::PyArray<T, D>>> {
+    let array = Array::from_shape_vec(shape, values).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    Ok(array.into_pyarray(py))
+}
+
+fn expect(name: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(Error::Length { name, expected, found }) }
+}
+
+/// Draw negatives uniformly, with replacement, from the items a user does not own.
+///
+/// Exact: every free item is equally likely, and no try is ever given up. Draws depend on the seed
+/// and on the row r alone, so they are the same for any number of threads (cases B01-B03, B13).
+///
+/// Parameters
+///     indptr       int64 [U+1], indices  int32 [nnz]: the users' own items, ascending and unique in a row
+///     n_items      size of the catalogue, above every item in `indices`
+///     users        int32 [B], one user per output row; equal neighbours are served together
+///     n_negatives  draws per row, 0 or more
+///     seed         0 to 2^64 - 1
+///     n_threads    0 means one per core
+///     out          int32 [B, n_negatives], filled and returned instead of a new array
+/// Returns
+///     int32 [B, n_negatives]
+/// Raises
+///     TypeError for a wrong dtype, rank or order; ValueError for wrong lengths, rows out of order and a user
+///     who owns every item; IndexError for a user or item out of range. `out` is then undefined.
+#[pyfunction]
+#[pyo3(signature = (indptr, indices, n_items, users, n_negatives, seed, n_threads=0, out=None))]
+#[allow(clippy::too_many_arguments)]
+fn sample_uniform<'py>(
+    py: Python<'py>,
+    indptr: Longs<'py>,
+    indices: Ints<'py>,
+    n_items: usize,
+    users: Ints<'py>,
+    n_negatives: usize,
+    seed: u64,
+    n_threads: usize,
+    out: Option<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyArray2<i32>>> {
+    let csr = CsrView::new(indptr.slice(), indices.slice(), n_items)?;
+    let users = users.slice();
+    draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
+        candidates::sample_uniform(csr, users, n_negatives, seed, out)
+    })
+}
+
+/// Draw negatives by popularity, with replacement, from the items a user does not own.
+///
+/// A free item's probability is its weight over the weights of all free items of the user; pass
+/// `degree ** beta` for popularity sampling with exponent beta (case B06). Items of weight 0 are never drawn.
+///
+/// Parameters
+///     weights      float64 [n_items], finite and not negative
+///     others       as in `sample_uniform`
+/// Returns
+///     int32 [B, n_negatives]
+/// Raises
+///     as `sample_uniform`; also ValueError for a bad weight and a user without a free item of positive weight
+#[pyfunction]
+#[pyo3(signature = (indptr, indices, weights, users, n_negatives, seed, n_threads=0, out=None))]
+#[allow(clippy::too_many_arguments)]
+fn sample_popularity<'py>(
+    py: Python<'py>,
+    indptr: Longs<'py>,
+    indices: Ints<'py>,
+    weights: Input<'py, f64, Ix1>,
+    users: Ints<'py>,
+    n_negatives: usize,
+    seed: u64,
+    n_threads: usize,
+    out: Option<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyArray2<i32>>> {
+    let (weights, users) = (weights.slice(), users.slice());
+    let csr = CsrView::new(indptr.slice(), indices.slice(), weights.len())?;
+    draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
+        candidates::sample_popularity(csr, weights, users, n_negatives, seed, out)
+    })
+}
+
+/// Runs `fill` without the interpreter lock on `out` or on a fresh array.
+fn draw_into<'py>(
+    py: Python<'py>,
+    (rows, n): (usize, usize),
+    n_threads: usize,
+    out: Option<Bound<'py, PyAny>>,
+    fill: impl FnOnce(&mut [i32]) -> Result<()> + Send,
+) -> PyResult<Bound<'py, PyArray2<i32>>> {
+    let Some(out) = out else {
+        let mut fresh = vec![0; checked_size(rows, n)?];
+        py.detach(|| threads::run(n_threads, || fill(&mut fresh)))?;
+        return shaped(py, fresh, Ix2(rows, n));
+    };
+    let refused = || format!("argument 'out': expected a writable C-contiguous int32 array, found {}", describe(&out));
+    let mut target = out.extract::<PyReadwriteArray2<i32>>().map_err(|_| PyTypeError::new_err(refused()))?;
+    if !target.is_c_contiguous() {
+        return Err(PyTypeError::new_err(refused()));
+    }
+    if target.shape() != [rows, n] {
+        return Err(PyValueError::new_err(format!("out has shape {:?}, expected [{rows}, {n}]", target.shape())));
+    }
+    let slice = target.as_slice_mut()?;
+    py.detach(|| threads::run(n_threads, || fill(slice)))?;
+    drop(target);
+    Ok(out.cast_into()?)
+}
+
+/// Drop the users' own items, and -1, from given candidate lists.
+///
+/// Parameters
+///     indptr      int64 [U+1], indices  int32 [nnz]: the users' own items, ascending and unique in a row
+///     users       int32 [B]
+///     candidates  int32 [B, C], -1 where there is none
+/// Returns
+///     int32 [B, C]  what is left of each row, in its order, packed to the left, padded with -1
+///     int32 [B]     how many are left
+/// Raises
+///     TypeError, ValueError, IndexError as `sample_uniform`; IndexError for a candidate below -1
+#[pyfunction]
+fn filter_candidates<'py>(
+    py: Python<'py>,
+    indptr: Longs<'py>,
+    indices: Ints<'py>,
+    users: Ints<'py>,
+    candidates: Input<'py, i32, Ix2>,
+) -> PyResult<Filtered<'py>> {
+    let csr = CsrView::new(indptr.slice(), indices.slice(), i32::MAX as usize)?;
+    let users = users.slice();
+    let shape = Ix2(candidates.shape()[0], candidates.shape()[1]);
+    expect("users", users.len(), shape[0])?;
+    let candidates = candidates.slice();
+    let (mut out, mut kept) = (vec![-1; candidates.len()], vec![0; users.len()]);
+    py.detach(|| candidates::filter_candidates(csr, users, candidates, &mut out, &mut kept))?;
+    Ok((shaped(py, out, shape)?, kept.into_pyarray(py)))
+}
+
+/// Find the catalogue items nearest to each generated vector, by cosine, without the user's own items.
+///
+/// Both sides are scaled to length 1 in float64 and rounded to float32; a cosine is their product, one fused
+/// multiply-add per dimension in order, clipped to [-1, 1]. A tie is a tie of these float32 values and goes
+/// to the smaller item (case D09). A zero vector matches nothing, on either side.
+///
+/// Parameters
+///     queries         float32 or float16 [N, d]
+///     items           float32 or float16 [I, d]
+///     users           int32 [N], whose items are left out for each query
+///     indptr          int64 [U+1], indices  int32 [nnz]: the users' own items, ascending and unique in a row
+///     k               length of the lists, may exceed the catalogue
+///     min_similarity, max_similarity  cosines that count, both ends included; the upper one guards against
+///                     false negatives
+///     n_threads       0 means one per core
+/// Returns
+///     int32 [N, k]    items, best first, -1 where nothing is left
+///     float32 [N, k]  their cosines, -inf where nothing is left
+/// Raises
+///     TypeError for a wrong dtype, rank or order; ValueError for wrong lengths, rows out of order and NaN or
+///     infinity (naming the row); IndexError for a user or item out of range
+#[pyfunction]
+#[pyo3(signature = (queries, items, users, indptr, indices, k, min_similarity=-1.0, max_similarity=1.0, n_threads=0))]
+#[allow(clippy::too_many_arguments)]
+fn match_items<'py>(
+    py: Python<'py>,
+    queries: Floats<'py>,
+    items: Floats<'py>,
+    users: Ints<'py>,
+    indptr: Longs<'py>,
+    indices: Ints<'py>,
+    k: usize,
+    min_similarity: f32,
+    max_similarity: f32,
+    n_threads: usize,
+) -> PyResult<Lists<'py>> {
+    let (queries, items, users) = (queries.vectors(), items.vectors(), users.slice());
+    expect("items (dimensions)", items.dim, queries.dim)?;
+    expect("users", users.len(), queries.len)?;
+    let band =
+        Band { min: not_nan("min_similarity", min_similarity)?, max: not_nan("max_similarity", max_similarity)? };
+    let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
+    lists(py, (queries.len, k), n_threads, |found, scores| {
+        matching::match_items(queries, items, users, excluded, k, band, (found, scores))
+    })
+}
+
+fn not_nan(name: &'static str, value: f32) -> Result<f32> {
+    if value.is_nan() {
+        return Err(Error::Argument { name, found: "NaN".into(), expected: "a number" });
+    }
+    Ok(value)
+}
+
+/// Find the catalogue titles most like each generated title, without the user's own items.
+///
+/// Likeness is the Dice coefficient 2 |A & B| / (|A| + |B|) of the sets of three-letter pieces, after lower case
+/// and with every run of other characters than letters and digits read as one blank. Equal titles give 1. Titles
+/// without a letter or digit match nothing. Ties go to the smaller item.
+///
+/// Parameters
+///     titles          list of N str
+///     catalogue       list of I str
+///     users           int32 [N], whose items are left out for each title
+///     indptr          int64 [U+1], indices  int32 [nnz]: the users' own items, ascending and unique in a row
+///     k               length of the lists
+///     min_similarity  smallest likeness that counts, 0 to 1; titles that share nothing never match
+/// Returns, Raises
+///     as `match_items`
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn match_titles<'py>(
+    py: Python<'py>,
+    titles: Vec<String>,
+    catalogue: Vec<String>,
+    users: Ints<'py>,
+    indptr: Longs<'py>,
+    indices: Ints<'py>,
+    k: usize,
+    min_similarity: f32,
+) -> PyResult<Lists<'py>> {
+    let users = users.slice();
+    expect("users", users.len(), titles.len())?;
+    let floor = not_nan("min_similarity", min_similarity)?;
+    let excluded = CsrView::new(indptr.slice(), indices.slice(), catalogue.len())?;
+    lists(py, (titles.len(), k), 0, |found, scores| {
+        matching::match_titles(&titles, &catalogue, users, excluded, k, floor, (found, scores))
+    })
+}
+
+/// Rank the whole catalogue for every user by inner product and return the first K items.
+///
+/// Scores are float32, one fused multiply-add per dimension in order; users x items scores are never held. A
+/// tie is a tie of these float32 values and goes to the smaller item (cases C04-C08).
+///
+/// Parameters
+///     user_emb   float32 [U, d];  item_emb  float32 [I, d]
+///     indptr     int64 [U+1], indices  int32 [nnz]: items that can never be recommended to a user, ascending and
+///                unique in a row
+///     k          length of the lists, may exceed the catalogue
+///     n_threads  0 means one per core
+/// Returns
+///     int32 [U, k]    items, best first, -1 pads short lists
+///     float32 [U, k]  their scores, -inf pads
+/// Raises
+///     TypeError for a wrong dtype, rank or order; ValueError for wrong lengths, rows out of order, NaN or infinity
+///     (naming the row, case C11) and vectors so long that scores leave float32; IndexError for an item out of range
+#[pyfunction]
+#[pyo3(name = "topk", signature = (user_emb, item_emb, indptr, indices, k, n_threads=0))]
+fn topk_py<'py>(
+    py: Python<'py>,
+    user_emb: Table<'py>,
+    item_emb: Table<'py>,
+    indptr: Longs<'py>,
+    indices: Ints<'py>,
+    k: usize,
+    n_threads: usize,
+) -> PyResult<Lists<'py>> {
+    let (users, items) = (user_emb.vectors(), item_emb.vectors());
+    expect("item_emb (dimensions)", items.dim, users.dim)?;
+    let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
+    lists(py, (users.len, k), n_threads, |found, scores| topk::topk(&users, &items, excluded, k, found, scores))
+}
+
+/// The same from given scores of any model.
+///
+/// Parameters
+///     scores     float32 [U, I]; -inf means never
+///     others     as in `topk`
+/// Returns
+///     as `topk`
+/// Raises
+///     as `topk`; ValueError for NaN names the user and the count (case C11)
+#[pyfunction]
+#[pyo3(signature = (scores, indptr, indices, k, n_threads=0))]
+fn topk_scores<'py>(
+    py: Python<'py>,
+    scores: Table<'py>,
+    indptr: Longs<'py>,
+    indices: Ints<'py>,
+    k: usize,
+    n_threads: usize,
+) -> PyResult<Lists<'py>> {
+    let (n_users, n_items) = (scores.shape()[0], scores.shape()[1]);
+    let matrix = scores.slice();
+    let excluded = CsrView::new(indptr.slice(), indices.slice(), n_items)?;
+    excluded.expect_rows(n_users)?;
+    lists(py, (n_users, k), n_threads, |found, best| topk::topk_scores(matrix, excluded, k, found, best))
+}
+
+/// The ranks of the held-out items in the rankings of `topk`, without making the lists.
+///
+/// Parameters
+///     user_emb, item_emb, indptr, indices, k, n_threads  as in `topk`
+///     test_indptr  int64 [U+1], test_indices  int32 [nnz_test]: the held-out items, ascending and unique in a row
+/// Returns
+///     int32 [nnz_test]  1 for the best item of the user; 0 beyond place k and for items that are excluded
+/// Raises
+///     as `topk`
+#[pyfunction]
+#[pyo3(signature = (user_emb, item_emb, indptr, indices, test_indptr, test_indices, k, n_threads=0))]
+#[allow(clippy::too_many_arguments)]
+fn test_ranks<'py>(
+    py: Python<'py>,
+    user_emb: Table<'py>,
+    item_emb: Table<'py>,
+    indptr: Longs<'py>,
+    indices: Ints<'py>,
+    test_indptr: Longs<'py>,
+    test_indices: Ints<'py>,
+    k: usize,
+    n_threads: usize,
+) -> PyResult<Bound<'py, PyArray1<i32>>> {
+    let (users, items) = (user_emb.vectors(), item_emb.vectors());
+    expect("item_emb (dimensions)", items.dim, users.dim)?;
+    let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
+    let held_out = CsrView::held_out(test_indptr.slice(), test_indices.slice(), items.len)?;
+    let mut ranks = vec![0; held_out.nnz()];
+    py.detach(|| threads::run(n_threads, || topk::test_ranks(&users, &items, excluded, held_out, k, &mut ranks)))?;
+    Ok(ranks.into_pyarray(py))
+}
+
+/// The ranks of the held-out items in given lists.
+///
+/// Parameters
+///     topk         int32 [U, K], best first; -1 pads, a repeated item counts at its first place
+///     test_indptr  int64 [U+1], test_indices  int32 [nnz_test]: the held-out items, ascending and unique in a row
+/// Returns
+///     int32 [nnz_test]  1-based place in the user's list, 0 where the item is missing
+/// Raises
+///     TypeError, ValueError, IndexError as `topk`
+#[pyfunction]
+fn ranks_in_lists<'py>(
+    py: Python<'py>,
+    topk: Input<'py, i32, Ix2>,
+    test_indptr: Longs<'py>,
+    test_indices: Ints<'py>,
+) -> PyResult<Bound<'py, PyArray1<i32>>> {
+    let held_out = CsrView::held_out(test_indptr.slice(), test_indices.slice(), i32::MAX as usize)?;
+    held_out.expect_rows(topk.shape()[0])?;
+    let (found, k) = (topk.slice(), topk.shape()[1]);
+    let mut ranks = vec![0; held_out.nnz()];
+    py.detach(|| metrics::ranks_in_lists(found, k, held_out, &mut ranks))?;
+    Ok(ranks.into_pyarray(py))
+}
+
+/// Metrics of every user from the ranks of the held-out items (cases C01-C12).
+///
+/// With T held-out items of a user and H of them in the first K, at ranks r: recall H / T; NDCG
+/// sum 1/log2(r + 1) over that of an ideal list of min(K, T); precision H / K; hit 1 if H > 0; MRR 1 / best r; MAP
+/// sum (hits up to r) / r over min(K, T).
+///
+/// Parameters
+///     ranks        int32 [nnz_test], 1-based, 0 where an item was not reached
+///     test_indptr  int64 [U+1]
+///     ks           int64 [n_k], each 1 or more and at most the K the ranks were made with
+/// Returns
+///     float64 [6, n_k, U] in the order above; NaN for users with nothing held out
+/// Raises
+///     TypeError, ValueError as `topk`; IndexError for a negative rank
+#[pyfunction]
+fn user_metrics<'py>(
+    py: Python<'py>,
+    ranks: Ints<'py>,
+    test_indptr: Longs<'py>,
+    ks: Longs<'py>,
+) -> PyResult<Bound<'py, PyArray3<f64>>> {
+    let (ranks, ks) = (ranks.slice(), ks.slice());
+    let frame = CsrView::held_out(test_indptr.slice(), ranks, i32::MAX as usize)?;
+    let shape = Ix3(metrics::N_METRICS, ks.len(), frame.n_rows());
+    let mut out = vec![f64::NAN; shape.size()];
+    py.detach(|| {
+        let spans = (0..frame.n_rows()).map(|user| frame.span(user)).collect::<Result<Vec<_>>>()?;
+        metrics::user_metrics(ranks, &spans, ks, &mut out)
+    })?;
+    shaped(py, out, shape)
+}
+
+/// Whether the extension was built without optimisation; benches refuse such a build.
+#[pyfunction]
+fn is_debug_build() -> bool {
+    cfg!(debug_assertions)
+}
+
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::{
+        filter_candidates, is_debug_build, match_items, match_titles, ranks_in_lists, sample_popularity,
+        sample_uniform, test_ranks, topk_py, topk_scores, user_metrics,
+    };
+}

@@ -1,0 +1,35 @@
+//! Thread pools, made once per size and kept: starting threads costs more than a small batch.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::error::{Error, Result};
+
+type Pools = HashMap<(u32, usize), Arc<ThreadPool>>;
+
+/// Pools by process and size. A forked process (a loader worker) inherits the table but not the
+/// threads, so it must not find its parent's pools.
+static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
+
+/// Runs `job` on `n_threads` threads; 0 means one per core.
+pub fn run<T: Send>(n_threads: usize, job: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    pool(n_threads)?.install(job)
+}
+
+fn pool(n_threads: usize) -> Result<Arc<ThreadPool>> {
+    let refused = Error::Argument { name: "n_threads", found: n_threads.to_string(), expected: "0 to 1024" };
+    if n_threads > 1024 {
+        return Err(refused);
+    }
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    let pools = pools.get_or_insert_default();
+    let key = (std::process::id(), n_threads);
+    if let Some(pool) = pools.get(&key) {
+        return Ok(pool.clone());
+    }
+    let pool = Arc::new(ThreadPoolBuilder::new().num_threads(n_threads).build().map_err(|_| refused)?);
+    pools.insert(key, pool.clone());
+    Ok(pool)
+}

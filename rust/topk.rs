@@ -1,0 +1,288 @@
+//! Rank the whole catalogue per user: the first K items, or just the ranks of the held-out ones.
+
+use rayon::prelude::*;
+
+use crate::csr::CsrView;
+use crate::error::{Error, Result};
+use crate::scan::{State, Vectors, scan};
+use crate::simd::Kernel;
+
+/// The best `k` of the scores offered, without a user's excluded items.
+///
+/// Candidates are collected in a buffer of twice the size. When it is full the better half is
+/// kept and the threshold rises to its last score: cheaper than keeping a heap in order for
+/// candidates of which most will fall out again.
+pub struct Best<'a> {
+    excluded: &'a [i32],
+    threshold: f32,
+    buffer: Vec<(f32, i32)>,
+    items: &'a mut [i32],
+    scores: &'a mut [f32],
+}
+
+impl<'a> Best<'a> {
+    /// Writes to `items` and `scores`, whose length is K. Only scores from `floor` up count.
+    pub fn new(excluded: &'a [i32], floor: f32, items: &'a mut [i32], scores: &'a mut [f32]) -> Self {
+        let threshold = if items.is_empty() { f32::INFINITY } else { floor };
+        Self { excluded, threshold, buffer: Vec::new(), items, scores }
+    }
+
+    /// Bytes of the buffer.
+    pub fn bytes(k: usize) -> usize {
+        size_of::<(f32, i32)>() * Self::capacity(k)
+    }
+
+    fn capacity(k: usize) -> usize {
+        2 * k + 16
+    }
+
+    fn keep_best(&mut self) {
+        let k = self.items.len();
+        if self.buffer.len() > k {
+            self.buffer.select_nth_unstable_by(k - 1, better);
+            self.buffer.truncate(k);
+            // Items come in ascending order, so a later one has to beat the K-th, not equal it.
+            self.threshold = self.buffer[k - 1].0.next_up();
+        }
+    }
+}
+
+/// Score descending, then item ascending. NaN never gets here.
+fn better(a: &(f32, i32), b: &(f32, i32)) -> std::cmp::Ordering {
+    b.0.partial_cmp(&a.0).unwrap_or(std::cmp::Ordering::Equal).then(a.1.cmp(&b.1))
+}
+
+impl State for Best<'_> {
+    fn threshold(&self) -> f32 {
+        self.threshold
+    }
+
+    fn start(&mut self, _query: &[f32], _kernel: &Kernel) {
+        self.buffer.reserve_exact(Self::capacity(self.items.len()));
+    }
+
+    fn offer(&mut self, item: i32, score: f32) {
+        if score < self.threshold || self.excluded.binary_search(&item).is_ok() {
+            return;
+        }
+        self.buffer.push((score, item));
+        if self.buffer.len() >= Self::capacity(self.items.len()) {
+            self.keep_best();
+        }
+    }
+
+    fn finish(mut self) {
+        if !self.items.is_empty() {
+            self.keep_best();
+        }
+        self.buffer.sort_unstable_by(better);
+        self.items.fill(-1);
+        self.scores.fill(f32::NEG_INFINITY);
+        for (at, &(score, item)) in self.buffer.iter().enumerate() {
+            (self.items[at], self.scores[at]) = (item, score);
+        }
+    }
+}
+
+/// The first `k` items of every user by inner product, into `items` and `scores` `[U, k]`.
+pub fn topk(
+    users: &Vectors,
+    catalogue: &Vectors,
+    excluded: CsrView,
+    k: usize,
+    items: &mut [i32],
+    scores: &mut [f32],
+) -> Result<()> {
+    excluded.expect_rows(users.len)?;
+    check_product(users, catalogue)?;
+    let slots = items.chunks_mut(k.max(1)).zip(scores.chunks_mut(k.max(1)));
+    let states = slots
+        .enumerate()
+        .map(|(user, (items, scores))| Ok(Best::new(excluded.row(user)?, f32::NEG_INFINITY, items, scores)));
+    scan(users, catalogue, Best::bytes(k), states)
+}
+
+/// The same from given scores `[U, I]` of any model; `-inf` means never.
+pub fn topk_scores(matrix: &[f32], excluded: CsrView, k: usize, items: &mut [i32], scores: &mut [f32]) -> Result<()> {
+    let n_items = excluded.n_cols;
+    let slots = items.par_chunks_mut(k.max(1)).zip(scores.par_chunks_mut(k.max(1)));
+    slots.enumerate().try_for_each(|(user, (items, scores))| {
+        let row = &matrix[user * n_items..(user + 1) * n_items];
+        let count = row.iter().filter(|score| score.is_nan()).count();
+        if count > 0 {
+            return Err(Error::NonFinite { name: "scores", unit: "user", row: user, count });
+        }
+        let mut best = Best::new(excluded.row(user)?, f32::MIN, items, scores);
+        for (item, &score) in row.iter().enumerate() {
+            if score >= best.threshold {
+                best.offer(item as i32, score);
+            }
+        }
+        best.finish();
+        Ok(())
+    })
+}
+
+/// Finite vectors whose product cannot leave the range of `f32` give no NaN and no infinity:
+/// by Cauchy and Schwarz no partial sum is larger than the product of the lengths.
+fn check_product(users: &Vectors, items: &Vectors) -> Result<()> {
+    let longest = |lengths: Vec<f64>| lengths.into_iter().fold(0.0, f64::max);
+    if longest(users.lengths("user_emb")?) * longest(items.lengths("item_emb")?) < f32::MAX as f64 / 2.0 {
+        return Ok(());
+    }
+    Err(Error::Overflow { name: "user_emb", other: "item_emb" })
+}
+
+/// Ranks of a user's held-out items, without a list: an item's rank is one more than the number
+/// of items better than it, and counting stops at `k`. The threshold is the lowest score among
+/// the held-out items still in the race, and rises as they leave it.
+struct Ranks<'a> {
+    excluded: &'a [i32],
+    catalogue: &'a Vectors<'a>,
+    held_out: &'a [i32],
+    k: usize,
+    racing: Vec<Racer>,
+    threshold: f32,
+    ranks: &'a mut [i32],
+}
+
+struct Racer {
+    score: f32,
+    item: i32,
+    slot: usize,
+    n_better: usize,
+}
+
+impl State for Ranks<'_> {
+    fn threshold(&self) -> f32 {
+        self.threshold
+    }
+
+    fn start(&mut self, query: &[f32], kernel: &Kernel) {
+        let mut vector = vec![0.0; query.len()];
+        for (slot, &item) in self.held_out.iter().enumerate() {
+            if self.excluded.binary_search(&item).is_err() {
+                self.catalogue.read(item as usize, &mut vector);
+                self.racing.push(Racer { score: kernel.dot(query, &vector), item, slot, n_better: 0 });
+            }
+        }
+        self.raise();
+    }
+
+    fn offer(&mut self, item: i32, score: f32) {
+        if self.excluded.binary_search(&item).is_ok() {
+            return;
+        }
+        let mut left = false;
+        for racer in &mut self.racing {
+            if score > racer.score || (score == racer.score && item < racer.item) {
+                racer.n_better += 1;
+                left |= racer.n_better >= self.k;
+            }
+        }
+        if left {
+            self.racing.retain(|racer| racer.n_better < self.k);
+            self.raise();
+        }
+    }
+
+    fn finish(self) {
+        self.ranks.fill(0);
+        for racer in self.racing {
+            self.ranks[racer.slot] = racer.n_better as i32 + 1;
+        }
+    }
+}
+
+impl Ranks<'_> {
+    fn raise(&mut self) {
+        self.threshold = self.racing.iter().fold(f32::INFINITY, |lowest, racer| lowest.min(racer.score));
+    }
+}
+
+/// The 1-based rank of every held-out item in its user's ranking, 0 where it is beyond `k` or
+/// excluded; `ranks` lies as the indices of `held_out` do.
+pub fn test_ranks(
+    users: &Vectors,
+    catalogue: &Vectors,
+    excluded: CsrView,
+    held_out: CsrView,
+    k: usize,
+    ranks: &mut [i32],
+) -> Result<()> {
+    excluded.expect_rows(users.len)?;
+    held_out.expect_rows(users.len)?;
+    check_product(users, catalogue)?;
+    let mut rest = ranks;
+    let states = (0..users.len).map(|user| {
+        let held_out = held_out.row(user)?;
+        let (ranks, tail) = std::mem::take(&mut rest).split_at_mut(held_out.len());
+        rest = tail;
+        let excluded = excluded.row(user)?;
+        let racing = Vec::with_capacity(held_out.len());
+        Ok(Ranks { excluded, catalogue, held_out, k, racing, threshold: f32::INFINITY, ranks })
+    });
+    scan(users, catalogue, 64, states)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scan::Values;
+
+    const SCORES: [f32; 6] = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4];
+
+    fn from_scores(matrix: &[f32], excluded: &[i32], k: usize) -> Result<(Vec<i32>, Vec<f32>)> {
+        let indptr = [0, excluded.len() as i64];
+        let csr = CsrView::new(&indptr, excluded, matrix.len())?;
+        let (mut items, mut scores) = (vec![0; k], vec![0.0; k]);
+        topk_scores(matrix, csr, k, &mut items, &mut scores)?;
+        Ok((items, scores))
+    }
+
+    #[test]
+    fn excluded_items_leave_and_short_lists_are_padded() {
+        // Case C06: the ranking without items 0 and 1 is 2, 3, 4, 5.
+        let (items, scores) = from_scores(&SCORES, &[0, 1], 5).unwrap();
+        assert_eq!(items, [2, 3, 4, 5, -1]);
+        assert_eq!(scores, [0.7, 0.6, 0.5, 0.4, f32::NEG_INFINITY]);
+    }
+
+    #[test]
+    fn ties_go_to_the_smaller_item_and_minus_infinity_never_appears() {
+        let scores = [1.0, f32::NEG_INFINITY, 1.0, -0.0, 0.0, 1.0];
+        assert_eq!(from_scores(&scores, &[], 6).unwrap().0, [0, 2, 5, 3, 4, -1]);
+        assert_eq!(from_scores(&[0.0; 200], &[], 3).unwrap().0, [0, 1, 2]);
+    }
+
+    #[test]
+    fn nan_is_refused_with_the_user_and_the_count() {
+        let found = from_scores(&[f32::NAN, 0.3, f32::NAN], &[], 1).unwrap_err();
+        assert_eq!(found.to_string(), "scores: user 0 has 2 non-finite scores");
+    }
+
+    #[test]
+    fn ranks_agree_with_lists() {
+        // One dimension, query 1: the score is the item's number in the catalogue.
+        let users = Vectors::new(Values::F32(&[1.0]), 1, 1);
+        let values: Vec<f32> = (0..200).map(|item| (item % 50) as f32).collect();
+        let catalogue = Vectors::new(Values::F32(&values), 1, 200);
+        let excluded = CsrView::new(&[0, 1], &[49], 200).unwrap();
+        let (mut items, mut scores) = ([0; 5], [0.0; 5]);
+        topk(&users, &catalogue, excluded, 5, &mut items, &mut scores).unwrap();
+        assert_eq!(items, [99, 149, 199, 48, 98]);
+        let held_out = CsrView::held_out(&[0, 4], &[48, 49, 149, 198], 200).unwrap();
+        let mut ranks = [9; 4];
+        test_ranks(&users, &catalogue, excluded, held_out, 5, &mut ranks).unwrap();
+        assert_eq!(ranks, [4, 0, 2, 0]);
+    }
+
+    #[test]
+    fn an_empty_catalogue_and_k_zero_give_empty_lists() {
+        let users = Vectors::new(Values::F32(&[1.0]), 1, 1);
+        let catalogue = Vectors::new(Values::F32(&[]), 1, 0);
+        let (mut items, mut scores) = ([7; 2], [0.0; 2]);
+        topk(&users, &catalogue, CsrView::new(&[0, 0], &[], 0).unwrap(), 2, &mut items, &mut scores).unwrap();
+        assert_eq!(items, [-1, -1]);
+    }
+}
