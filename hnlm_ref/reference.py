@@ -108,7 +108,7 @@ def sample_popularity(indptr, indices, weights, users, n_negatives, seed):
             point = (word >> 11) / 2**53 * cumulative[-1]
             return free[min(int(np.searchsorted(cumulative, point, side="right")), len(free) - 1)]
 
-        if sum(weights[i] for i in owned) <= 0.75 * total:
+        if sum(weights[i] for i in owned) < 0.75 * total:
             return by_table
         free = [i for i, w in enumerate(weights) if w > 0 and i not in owned]
         if not free:

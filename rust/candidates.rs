@@ -42,7 +42,7 @@ pub fn sample_popularity(
     let table = AliasTable::new(weights)?;
     each_run(csr, users, n_negatives, out, |rows, owned, user, out| {
         let mass: f64 = owned.items.iter().map(|&item| weights[item as usize]).sum();
-        if mass > 0.75 * table.total {
+        if mass >= 0.75 * table.total {
             let free = FreeMass::new(weights, owned.items);
             if free.items.is_empty() {
                 return Err(Error::NoFreeItem { user, seen: owned.items.len(), n_items: csr.n_cols });
