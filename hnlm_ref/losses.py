@@ -1,0 +1,53 @@
+"""One function per equation.
+
+Letters of the shapes, here and in every module: U users, I items, R training pairs, B rows of a batch, n negatives per
+row, M candidates per negative, d recommender dimension, d_llm dimension of the language model, N generated pairs,
+P rows of a batch that have a generated negative, m matched items per pair, K length of a list.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# ---- recommender ------------------------------------------------------------------------------------------------
+
+
+def bpr_loss(pos_scores: Tensor, neg_scores: Tensor) -> Tensor:
+    """log(1 + sum over negatives of exp(s_uj - s_ui)), mean over the batch (Rendle et al. 2009; several: case E15).
+
+    pos_scores [B], neg_scores [B, n]. In softplus form: never log(sigmoid), nothing added inside a log (E02, X25).
+    """
+    return functional.softplus(torch.logsumexp(neg_scores - pos_scores[:, None], dim=1)).mean()
+
+
+def hinge_loss(pos_scores: Tensor, neg_scores: Tensor, margin: float) -> Tensor:
+    """max(0, margin - s_ui + s_uj), mean over batch and negatives: the released code's ranking loss (case X10)."""
+    return functional.relu(margin - pos_scores[:, None] + neg_scores).mean()
+
+
+def contrast_loss(user_emb: Tensor, pos_emb: Tensor, hard_emb: Tensor, temperature: float) -> Tensor:
+    """L_cl = softplus((cos(e_u, e_hard) - cos(e_u, e_i)) / tau), mean over rows; all [P, d], no row gives 0 (E03)."""
+    gap = functional.cosine_similarity(user_emb, hard_emb) - functional.cosine_similarity(user_emb, pos_emb)
+    return functional.softplus(gap / temperature).sum() / max(len(gap), 1)
+
+
+def anchor_loss(hard_emb: Tensor, target_emb: Tensor) -> Tensor:
+    """Half the squared distance of e_hard from its mined item's vector, which is held fixed; [P, d], no row gives 0."""
+    return 0.5 * (hard_emb - target_emb.detach()).square().sum() / max(len(hard_emb), 1)
+
+
+def l2_loss(*ego: Tensor) -> Tensor:
+    """Half the sum of squares of the batch's ego vectors over the batch size (LightGCN's rule; case E04).
+
+    ego  [B, d] or [B, n, d], not propagated
+    """
+    # Summed within rows first: the rest is too short for torch to split it over threads, so any number gives one sum.
+    return sum((e.square().flatten(1).sum(1).sum() for e in ego[1:]), ego[0].square().flatten(1).sum(1).sum()) / (
+        2 * len(ego[0])
+    )
+
+
+def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """-log softmax of cos(a_r, b_r) / tau among all cos(a_r, b_r'), mean over rows; [B, d] (XSimGCL, RLMRec)."""
+    logits = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature  # [B, B]
+    return functional.cross_entropy(logits, torch.arange(len(a), device=a.device))

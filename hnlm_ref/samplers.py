@@ -1,0 +1,295 @@
+"""Negative samplers, the semantic guard, and the table of generated negatives.
+
+A sampler has two halves. `draw` asks the Rust core for the candidates of a whole epoch at once; they are never
+training positives of the user, and know nothing of validation and test (cases B03, B04). `pick` looks at the
+current vectors and settles each row's negatives. A tie goes to the first candidate drawn.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hnlm_ref import _core
+from hnlm_ref.artifacts import Csr, load_npy
+from hnlm_ref.console import UserError, say
+
+SAMPLERS = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns", "hnlm", "hnlm_matched", "hnlm_pool")
+GENERATED = ("hnlm", "hnlm_matched", "hnlm_pool")  # those that read stage 03
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's share of an epoch."""
+
+    epoch: int  # from 1
+    rows: Tensor  # int64 [B], positions into the training pairs
+    users: Tensor  # int64 [B]
+    items: Tensor  # int64 [B], positives
+    candidates: Tensor  # int64 [B, n, M]
+
+
+# ---- which of the candidates ------------------------------------------------------------------------------------
+
+
+def pick_hardest(scores: Tensor) -> Tensor:
+    """DNS (Zhang et al., SIGIR 2013): the highest score; [..., M] -> [...]."""
+    return scores.argmax(-1)
+
+
+def pick_among_top(scores: Tensor, n_top: int) -> Tensor:
+    """DNS(M, N) (Shi et al., WWW 2023): one of the N highest scores, each equally likely; [..., M] -> [...]."""
+    order = scores.argsort(-1, descending=True, stable=True)  # [..., M]
+    place = torch.randint(n_top, scores.shape[:-1], device=scores.device)
+    return order.gather(-1, place[..., None])[..., 0]
+
+
+def pick_adaptive(scores: Tensor, pos_scores: Tensor, alpha: float, beta: float, p: float) -> Tensor:
+    """AHNS (Lai et al., AAAI 2024): the score nearest to beta (s_ui + alpha)^(p + 1); [B, n, M], [B] -> [B, n].
+
+    For p < -1 a positive that already scores high gets an easier negative (case B08).
+    Choice: s_ui + alpha is at least 1e-6, below which the power is undefined or turns round.
+    """
+    target = beta * (pos_scores + alpha).clamp(min=1e-6) ** (p + 1)
+    return (scores - target[:, None, None]).abs().argmin(-1)
+
+
+def mix_hops(user_emb: Tensor, pos_layers: Tensor, candidate_layers: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """MixGCF (Huang et al., KDD 2021): every layer from its own hardest candidate, mixed with the positive.
+
+    user_emb [B, d], pos_layers [B, L, d], candidate_layers [B, n, M, L, d], share [L] of the positive, in (0, 1)
+    Returns the candidate each layer came from, int64 [B, n, L], and the vectors, mean over layers, [B, n, d].
+    """
+    # The positive's part of a layer is the same for every candidate, so it cannot change which one is the hardest.
+    place = torch.einsum("bd,bnmld->bnlm", user_emb, candidate_layers).argmax(-1)  # [B, n, L]
+    index = place[:, :, None, :, None].expand(-1, -1, 1, -1, user_emb.shape[1])
+    hardest = candidate_layers.gather(2, index)[:, :, 0]  # [B, n, L, d]
+    return place, (share[:, None] * pos_layers[:, None] + (1 - share[:, None]) * hardest).mean(2)
+
+
+# ---- the samplers -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One negative sampler for one training set; its knobs are explained in stage 04.
+
+    blocked     items the semantic guard refuses, per user; None when it is off
+    generated   what stage 03 made; "hnlm_matched" and "hnlm_pool" take items from it
+    """
+
+    sampler: str
+    train: Csr
+    base_sampler: str = "uniform"
+    n_negatives: int = 1
+    pool_size: int = 4
+    popularity_beta: float = 0.75
+    n_top: int = 2
+    ahns_alpha: float = 1.0
+    ahns_beta: float = 0.1
+    ahns_p: float = -2.0
+    n_matched: int = 1
+    match_temperature: float = 0.1
+    matched_share: float = 1.0
+    n_ramp_epochs: int = 0
+    blocked: Csr | None = None
+    generated: "Generated | None" = None
+    n_threads: int = 0
+
+    def trainable(self, pairs: np.ndarray) -> np.ndarray:
+        """The pairs whose user has a negative left to draw (case B01); int32 [R, 2] -> [R', 2]."""
+        return pairs[self.train.degrees()[pairs[:, 0]] < self.train.n_cols]
+
+    def draw(self, users: np.ndarray, seed: int) -> np.ndarray:
+        """Candidates of a whole epoch, int32 [R, n, M], with replacement; row r's stream depends on (seed, r) only.
+
+        Under the guard more are drawn and the first M that it lets pass are kept: a row with too few repeats them, a
+        row with none keeps what was drawn first.
+        """
+        kind = self.base_sampler if self.sampler in ("hnlm", "hnlm_matched") else self.sampler
+        size = 1 if kind in ("uniform", "popularity") else self.pool_size
+        n_drawn = size if self.blocked is None else size + GUARD_SPARE
+        rows = np.repeat(users, self.n_negatives)
+        graph = self.train.indptr, self.train.indices
+        if kind == "popularity":
+            weights = np.bincount(self.train.indices, minlength=self.train.n_cols) ** self.popularity_beta
+            drawn = _core.sample_popularity(*graph, weights, rows, n_drawn, seed, self.n_threads)
+        else:
+            drawn = _core.sample_uniform(*graph, self.train.n_cols, rows, n_drawn, seed, self.n_threads)
+        if self.blocked is not None:
+            passed, n_passed = _core.filter_candidates(self.blocked.indptr, self.blocked.indices, rows, drawn)
+            places = np.arange(size) % np.maximum(n_passed, 1)[:, None]
+            drawn = np.where(n_passed[:, None] > 0, np.take_along_axis(passed, places, 1), drawn[:, :1])
+        return drawn.reshape(len(users), self.n_negatives, size)
+
+    def pick(self, batch: Batch, layers: list[Tensor], user_emb: Tensor, item_emb: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's negatives: item numbers int64 [B, n] and vectors [B, n, d]; row r belongs to positive r (B12).
+
+        layers      the encoder's, each [U + I, d]; user_emb [U, d] and item_emb [I, d] are their means
+        """
+        if self.sampler == "mixgcf":
+            items = torch.cat(layers, 1)[len(user_emb) :]  # [I, L d]
+            pos_layers, candidate_layers = (
+                functional.embedding(numbers, items).unflatten(-1, (len(layers), -1))
+                for numbers in (batch.items, batch.candidates)
+            )
+            share = torch.rand(len(layers), device=items.device)
+            e_u = functional.embedding(batch.users, user_emb).detach()
+            place, vectors = mix_hops(e_u, pos_layers, candidate_layers, share)
+            return batch.candidates.gather(2, place)[..., 0], vectors  # the item of layer 0 stands for the mixture
+        with torch.no_grad():
+            pool = batch.candidates  # [B, n, M]
+            if self.generated is not None and self.sampler != "hnlm":
+                pool = self._with_matched(batch)  # [B, n, M + m], -1: not a candidate
+            if pool.shape[2] == 1:
+                items = pool[..., 0]
+            else:
+                e_u = functional.embedding(batch.users, user_emb)  # [B, d]
+                scores = torch.einsum("bd,bnmd->bnm", e_u, functional.embedding(pool.clamp(min=0), item_emb))
+                scores = scores.masked_fill(pool < 0, -torch.inf)
+                if self.sampler == "dns_mn":
+                    place = pick_among_top(scores, self.n_top)
+                elif self.sampler == "ahns":
+                    pos_scores = (e_u * functional.embedding(batch.items, item_emb)).sum(-1)
+                    place = pick_adaptive(scores, pos_scores, self.ahns_alpha, self.ahns_beta, self.ahns_p)
+                else:
+                    place = pick_hardest(scores)
+                items = pool.gather(2, place[..., None])[..., 0]
+        return items, functional.embedding(items, item_emb)
+
+    def ramp(self, epoch: int) -> float:
+        """Share of the generated negatives' full weight in this epoch: rises linearly to 1 (Choice)."""
+        return min(1.0, epoch / (self.n_ramp_epochs + 1))
+
+    def _with_matched(self, batch: Batch) -> Tensor:
+        """The pool with matched items: joining the candidates ("hnlm_pool") or in their place ("hnlm_matched").
+
+        A row takes part with probability matched_share x ramp. Its matched items are drawn without replacement with
+        probability softmax(score / temperature), by Gumbel noise, so that not the same few serve every time.
+        """
+        assert self.generated is not None
+        shape = (*batch.candidates.shape[:2], -1)  # [B, n, .]
+        matches, scores = (table[:, None].expand(shape) for table in self.generated.matches_of(batch.rows))
+        noise = -torch.empty_like(scores).exponential_().log()
+        keys = (scores / self.match_temperature + noise).masked_fill(matches < 0, -torch.inf)
+        matched = matches.gather(2, keys.topk(min(self.n_matched, keys.shape[2])).indices)
+        takes_part = torch.rand(shape[:2], device=matched.device) < self.matched_share * self.ramp(batch.epoch)
+        matched = matched.masked_fill(~takes_part[..., None], -1)
+        candidates = batch.candidates
+        if self.sampler == "hnlm_matched":
+            candidates = candidates.masked_fill((matched >= 0).any(2, keepdim=True), -1)
+        return torch.cat([candidates, matched], 2)
+
+
+# ---- the semantic guard -----------------------------------------------------------------------------------------
+
+GUARD_SPARE = 8  # Choice: candidates drawn beyond M under the guard
+
+
+def semantic_guard(item_text: np.ndarray, train: Csr, threshold: float) -> Csr:
+    """Items too similar to what a user took to be trusted as negatives.
+
+    Similarity: mean of the three largest cosines between the item's text and the user's own items', in standard
+    deviations from the user's mean over the items not taken. Blocked is what exceeds `threshold`.
+    item_text   float32 [I, d_llm] (sft/item_text.npy); an item without a text has a zero vector and cosine 0
+    """
+    length = np.linalg.norm(item_text, axis=1, keepdims=True)
+    text = (item_text / np.where(length > 0, length, 1)).astype(np.float32)
+    users, items = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for user in range(train.n_rows):
+        own = train.row(user)
+        if 0 < len(own) < train.n_cols:
+            near = np.sort(text[own] @ text.T, axis=0)[-3:].mean(0)  # [I]
+            others = np.delete(near, own)
+            blocked = np.flatnonzero(near - others.mean() > threshold * others.std())
+            users.append(np.full(len(blocked), user))
+            items.append(blocked)
+    return Csr.from_pairs(np.concatenate(users), np.concatenate(items), train.n_rows, train.n_cols)
+
+
+# ---- generated negatives ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Stage 03's negatives laid beside the training pairs. A pair without one is -1 and never filled in (case E12)."""
+
+    row_of: Tensor  # int64 [R], row in the arrays below, -1: none
+    vectors: np.ndarray  # float16 [N, d_llm], memory-mapped
+    mean: np.ndarray  # float32 [d_llm] of the vectors
+    deviation: np.ndarray  # float32 [d_llm]
+    matches: Tensor  # int64 [N, m], -1: none
+    match_scores: Tensor  # float32 [N, m]
+
+    def vectors_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the batch's rows have a vector, int64 [P], and those vectors, float32 [P, d_llm]."""
+        found = self.row_of[rows]
+        has = torch.nonzero(found >= 0)[:, 0]
+        h = torch.from_numpy(self.vectors[found[has].cpu().numpy()].astype(np.float32))
+        return has, h.to(rows.device)
+
+    def matches_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Matched items int64 [B, m], -1 for none, and their scores."""
+        found = self.row_of[rows]
+        return self.matches[found].masked_fill(found[:, None] < 0, -1), self.match_scores[found]
+
+
+def load_generated(
+    folder: Path, train: Csr, pairs: np.ndarray, min_coverage: float, blocked: Csr | None, device: str
+) -> Generated:
+    """Read generate/ and join it to the training pairs, int32 [R, 2], in row order.
+
+    Matched items that the guard blocks become -1.
+    Raises UserError for arrays of other lengths, for a pair that is no training pair or comes twice (case E13), for a
+    vector that is not finite, naming it (case D12), or has one value throughout (case E14), and for a coverage of
+    zero or below `min_coverage`.
+    """
+    made, vectors = load_npy(folder / "pairs.npy"), load_npy(folder / "embeddings.npy", mmap=True)
+    matches, scores = load_npy(folder / "matches.npy"), load_npy(folder / "match_scores.npy")
+    if vectors.ndim != 2 or not len(made) == len(vectors) == len(matches) == len(scores):
+        raise UserError(
+            f"{folder}: {len(made)} pairs, but embeddings {vectors.shape}, matches {matches.shape} and match_scores "
+            f"{scores.shape}; run hnlm-ref generate again"
+        )
+    if made.size and (made.min() < 0 or (made.max(0) >= (train.n_rows, train.n_cols)).any()):
+        raise UserError(f"{folder / 'pairs.npy'}: a number lies outside {train.n_rows} users and {train.n_cols} items")
+    cells, made_cells = (table[:, 0].astype(np.int64) * train.n_cols + table[:, 1] for table in (pairs, made))
+    row_of = np.full(len(pairs), -1)
+    place = np.minimum(np.searchsorted(cells, made_cells), len(cells) - 1)
+    row_of[place] = np.arange(len(made))
+    for row in np.flatnonzero((cells[place] != made_cells) | (row_of[place] != np.arange(len(made))))[:1]:
+        what = "comes twice" if cells[place[row]] == made_cells[row] else "is no training pair"
+        raise UserError(f"{folder / 'pairs.npy'}: row {row}, user {made[row, 0]} and item {made[row, 1]}, {what}")
+    coverage = len(made) / len(pairs)
+    say(
+        f"generated negatives for {coverage:.1%} of {len(pairs):,} training pairs; the others keep the sampled negative"
+    )
+    if coverage == 0 or coverage < min_coverage:
+        raise UserError(
+            f"{folder}: only {coverage:.1%} of the training pairs have a generated negative, min_coverage is "
+            f"{min_coverage:.1%}; generate for more pairs or lower it"
+        )
+    sums, squares = np.zeros((2, vectors.shape[1]))
+    for start in range(0, len(vectors), 4096):
+        block = vectors[start : start + 4096].astype(np.float64)
+        for row in np.flatnonzero(~np.isfinite(block).all(1) | (block.max(1) == block.min(1)))[:1]:
+            what = "has one value throughout" if np.isfinite(block[row]).all() else "holds a number that is not finite"
+            user, item = made[start + row]
+            raise UserError(f"{folder / 'embeddings.npy'}: row {start + row}, user {user} and item {item}, {what}")
+        sums, squares = sums + block.sum(0), squares + np.square(block).sum(0)
+    mean = sums / len(vectors)
+    deviation = np.sqrt(np.maximum(squares / len(vectors) - np.square(mean), 1e-12))
+    if blocked is not None:
+        cells_blocked = blocked.pairs() @ np.array([train.n_cols, 1])
+        matches = np.where(np.isin(made[:, :1].astype(np.int64) * train.n_cols + matches, cells_blocked), -1, matches)
+    return Generated(
+        torch.from_numpy(row_of).to(device),
+        vectors,
+        mean.astype(np.float32),
+        deviation.astype(np.float32),
+        torch.from_numpy(matches.astype(np.int64)).to(device),
+        torch.from_numpy(scores).to(device),
+    )
