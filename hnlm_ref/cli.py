@@ -33,10 +33,10 @@ from hnlm_ref.knobs import (
 
 
 def stage_file(stage: str) -> Path:
-    """The one file of a stage: in the wheel inside the package, in the source tree beside it."""
+    """The one file of a stage: beside the package in the source tree, inside it in an installed wheel."""
     name = f"{STAGES.index(stage) + 1:02d}_{stage}.py"
-    inside = Path(__file__).parent / "stages" / name
-    return inside if inside.exists() else Path(__file__).parents[1] / "stages" / name
+    beside = Path(__file__).parents[1] / "stages" / name
+    return beside if beside.exists() else Path(__file__).parent / "stages" / name
 
 
 def load_stage(stage: str) -> StageCommand:
@@ -151,3 +151,7 @@ def _typed(command: StageCommand, name: str, value: Any) -> list[str]:
     if kind is bool:
         return [f"--{flag}" if cast(bool, value) else f"--no-{flag}"]
     return [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+
+
+if __name__ == "__main__":
+    main()
