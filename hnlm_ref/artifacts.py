@@ -235,6 +235,10 @@ class Run:
         self.manifest(stage)
         return self.dir / stage
 
+    def has(self, stage: str) -> bool:
+        """Whether the stage is finished."""
+        return (self.dir / stage / "manifest.json").exists()
+
     def manifest(self, stage: str) -> dict:
         path = self.dir / stage / "manifest.json"
         if not path.exists():
@@ -252,7 +256,7 @@ class Run:
         return Prep(users, items, train, valid, load_npy(folder / "train.order.npy"))
 
     def test(self) -> Csr:
-        """The test part. Only stage 05 calls this, once, after everything is trained (case C13)."""
+        """The test part. Stage 05 calls this, once, after everything is trained (case C13), and what shows its result."""
         folder = self.folder("prep")
         n_items = int(load_json(folder / "manifest.json")["counts"]["items"])
         return load_csr(folder, "test", n_items)
