@@ -1,14 +1,14 @@
-"""From a raw log to numbered, cored, split data; texts and profiles.
+"""From a raw log to numbered, cored, split data with texts and profiles.
 
-Ids stay text (*key*) until `read_log` numbers them in sorted order; after that all is int32 arrays, one entry per
-pair, sorted by (user, item), so that nothing depends on the order of the input rows (case A17).
+Ids stay text (*key*) until `read_logs` numbers them in sorted order; after that a log is int32 arrays. Pairs are sorted
+by (user, item) before anything is drawn, so no result depends on the order of the input rows (case A17).
 """
 
 import html
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from hnlm_ref.artifacts import resolve_path
 from hnlm_ref.console import UserError
-from hnlm_ref.readers import ITEM_ROLES, UNITS, Bad, Layout, frames, item_frames, sniff
+from hnlm_ref.readers import ITEM_ROLES, Bad, Layout, frames, item_frames, locate, sniff
 
 PARTS = ("train", "valid", "test")
+TICKS = {"s": 1, "date": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}  # per second
 
 
 @dataclass(frozen=True)
@@ -35,238 +37,375 @@ class Log:
     items: pl.Series
     user: np.ndarray
     item: np.ndarray
-    rating: np.ndarray | None
-    time: np.ndarray | None
-    unit: str | None
+    rating: np.ndarray | None = None
+    time: np.ndarray | None = None
+    unit: str | None = None
 
     def __len__(self) -> int:
         return len(self.user)
 
+    @property
+    def cells(self) -> np.ndarray:
+        """One int64 for each row's (user, item)."""
+        return self.user.astype(np.int64) * len(self.items) + self.item
+
     def take(self, rows: np.ndarray) -> "Log":
         """The rows of a mask or of an index array; the numbering stays."""
-        picked = {n: a[rows] for n in ("user", "item", "rating", "time") if (a := getattr(self, n)) is not None}
-        return replace(self, **picked)
+        arrays = {name: getattr(self, name) for name in ("user", "item", "rating", "time")}
+        return replace(self, **{name: array[rows] for name, array in arrays.items() if array is not None})
 
-    @property
-    def n_users(self) -> int:
-        return len(np.unique(self.user))
-
-    @property
-    def n_items(self) -> int:
-        return len(np.unique(self.item))
+    def sizes(self) -> tuple[int, int, int]:
+        """Users, items and rows."""
+        return len(np.unique(self.user)), len(np.unique(self.item)), len(self)
 
 
-def read_log(layouts: list[Layout], bad: Bad, time_unit: str = "auto") -> list[Log]:
-    """Read files that share one numbering: one Log per file. Raises UserError when a file holds no row."""
-    pools = {"user": pl.Categories.random(), "item": pl.Categories.random()}
-    parts = []
+def read_logs(layouts: list[Layout], bad: Bad) -> list[Log]:
+    """Read files into one Log each, all with the same numbering. Raises UserError when one holds no row."""
+    pools = {role: pl.Categorical(pl.Categories.random()) for role in ("user", "item")}
+    columns: list[dict[str, pl.Series]] = []
     for layout in layouts:
-        blocks: dict[str, list[pl.Series]] = {name: [] for name in ("user", "item", "rating", "time")}
-        for frame in frames(layout, bad, time_unit):
-            for role, pool in pools.items():
-                blocks[role].append(frame[role].cast(pl.Categorical(pool)))
-            for role in ("rating", "time"):
-                blocks[role].append(frame[role])
-        if not sum(map(len, blocks["user"])):
-            raise UserError(f"{layout.path} holds no rows: {layout}")
-        parts.append({role: pl.concat(series) for role, series in blocks.items()})
-    numbered = {}
-    for role in pools:  # codes of the pool -> places in sorted order
-        distinct = pl.concat([part[role].unique() for part in parts]).unique()
-        keys = distinct.cast(pl.String)
-        order = keys.arg_sort().to_numpy()
-        rank = np.empty(int(distinct.to_physical().max()) + 1, np.int32)
-        rank[distinct.to_physical().to_numpy()[order]] = np.arange(len(order), dtype=np.int32)
-        numbered[role] = keys.gather(order), [rank[part.pop(role).to_physical().to_numpy()] for part in parts]
+        # Ids go into a pool of strings block by block: what stays is four bytes a row, however long the ids.
+        blocks = [frame.cast(pools) for frame in frames(layout, bad)]  # type: ignore[arg-type]
+        if not sum(map(len, blocks)):
+            raise UserError(f"{layout.path} holds no rows; it was read as {layout}")
+        columns.append({name: pl.concat([block[name] for block in blocks]) for name in blocks[0].columns})
+        del blocks
+    keys: dict[str, pl.Series] = {}
+    for role in pools:
+        distinct = pl.concat([part[role].unique() for part in columns]).unique()
+        codes, names = distinct.to_physical().to_numpy(), distinct.cast(pl.String)
+        order = names.arg_sort().to_numpy()
+        rank = np.empty(codes.max() + 1, np.int32)  # code in the pool -> place in sorted order
+        rank[codes[order]] = np.arange(len(order), dtype=np.int32)
+        keys[role] = names.gather(order)
+        for part in columns:
+            part[role] = pl.Series(rank[part[role].to_physical().to_numpy()])
     logs = []
-    for part, user, item in zip(parts, numbered["user"][1], numbered["item"][1], strict=True):
-        rating, time = (None if part[r].null_count() else part[r].to_numpy() for r in ("rating", "time"))
-        unit = None if time is None else _unit(float(time[0])) if time_unit == "auto" else time_unit
-        logs.append(Log(numbered["user"][0], numbered["item"][0], user, item, rating, time, unit))
+    for layout, part in zip(layouts, columns, strict=True):
+        arrays = {name: None if part[name].null_count() else part[name].to_numpy() for name in part}
+        logs.append(Log(keys["user"], keys["item"], **arrays, unit=layout.unit))  # type: ignore[arg-type]
     return logs
-
-
-def _unit(time: float) -> str:
-    from hnlm_ref.readers import unit_of
-
-    return pl.select(unit_of(pl.lit(time))).item()
 
 
 # ---- cleaning ---------------------------------------------------------------------------------------------------
 
 
-def parse_time(text: str, unit: str | None) -> float:
-    """A bound as a date (UTC) or a number in the file's own unit."""
+def moment(text: str, unit: str | None) -> float:
+    """A bound in the unit of the log: a date (UTC) such as 2015-01-01, or a number in that unit already."""
     try:
         return float(text)
     except ValueError:
         pass
-    if unit is None or unit == "order":
-        raise UserError(f"{text!r}: the file has no dates to compare with (its time is {unit or 'missing'})")
+    if unit not in TICKS:
+        raise UserError(f"{text!r} cannot be compared: the log has no dates (unit of time: {unit})")
     try:
-        moment = np.datetime64(text, "ms").astype(np.int64) / 1000
+        return float(np.datetime64(text, "us").astype(np.int64)) / 1e6 * TICKS[unit]
     except ValueError as error:
-        raise UserError(f"{text!r} is no date: write 2015-01-01, 2015-01-01T12:00:00 or a number") from error
-    return float(moment * UNITS[unit])
+        raise UserError(f"{text!r} is no date; write 2015-01-01, 2015-01-01T12:00 or a number") from error
 
 
-def deduplicate(log: Log, keep: str = "first") -> Log:
-    """Keep each pair once, its earliest (or latest) row; the result is sorted by (user, item) (case A11)."""
-    cells = log.user.astype(np.int64) * len(log.items) + log.item
-    if log.time is None:
-        _, rows = np.unique(cells, return_index=True)
-        return log.take(rows)
-    order = np.lexsort((log.time if keep == "first" else -log.time, cells))
-    cells = cells[order]
-    new = np.ones(len(cells), bool)
-    new[1:] = cells[1:] != cells[:-1]
-    return log.take(order[new])
+def keep_if(counts: dict, name: str, log: Log, mask: np.ndarray) -> Log:
+    """The rows of the mask; how many are left out is written down under `name`."""
+    counts[name] = int(len(log) - mask.sum())
+    return log.take(mask)
 
 
-def k_core(user: np.ndarray, item: np.ndarray, k: int) -> tuple[np.ndarray, list[int]]:
-    """Drop users and items with fewer than k rows, again and again until none is left to drop (case A09).
-
-    user, item  int32 [n], numbers; pairs are distinct
-    Returns     (indices of the rows kept, ascending; number of rows left after every pass that dropped something)
-    """
-    rows = np.arange(len(user))
-    sizes: list[int] = []
-    while len(rows):
-        keep = (np.bincount(user[rows])[user[rows]] >= k) & (np.bincount(item[rows])[item[rows]] >= k)
-        if keep.all():
-            break
-        rows = rows[keep]
-        sizes.append(len(rows))
-    return rows, sizes
-
-
-def largest_k(user: np.ndarray, item: np.ndarray) -> int:
-    """The largest k whose k-core is not empty, by halving."""
-    low, high = 1, min(int(np.bincount(user).max()), int(np.bincount(item).max()))
-    while low < high:
-        k = (low + high + 1) // 2
-        rows, _ = k_core(user, item, k)
-        low, high = (k, high) if len(rows) else (low, k - 1)
-    return low
-
-
-def count(counts: dict, name: str, log: Log, keep: np.ndarray) -> Log:
-    counts[name] = int((~keep).sum())
-    return log.take(keep)
-
-
-def window(counts: dict, log: Log, start: str | None, end: str | None) -> Log:
-    """Rows from `start` (included) to `end` (excluded), dates being UTC (case A13)."""
-    for text, name in ((start, "before date_from"), (end, "from date_to on")):
+def clean(log: Log, min_rating: float | None, date_from: str | None, date_to: str | None, counts: dict) -> Log:
+    """Rows of at least `min_rating`, from `date_from` (included) to `date_to` (excluded) (cases A11, A13)."""
+    for name, text, later in (("before date_from", date_from, True), ("not before date_to", date_to, False)):
         if text is not None:
-            bound = parse_time(text, log.unit)
-            assert log.time is not None
-            log = count(counts, name, log, log.time >= bound if name == "before date_from" else log.time < bound)
+            bound = moment(text, log.unit)
+            if log.time is None:
+                raise UserError(f"{name}: the log has no times")
+            log = keep_if(counts, name, log, (log.time >= bound) == later)
+    if min_rating is not None and log.rating is not None:
+        log = keep_if(counts, "below min_rating", log, log.rating >= min_rating)
     return log
 
 
+def deduplicate(log: Log, keep: str, counts: dict) -> Log:
+    """Each pair once, its "first" or "last" row in time; the result is sorted by (user, item) (case A11)."""
+    cells, time = log.cells, np.zeros(len(log)) if log.time is None else log.time
+    order = np.lexsort((time if keep == "first" else -time, cells)) if log.time is not None else np.argsort(cells)
+    cells = cells[order]
+    counts["repeated pairs"] = len(log)
+    log = log.take(order[np.r_[True, cells[1:] != cells[:-1]]]) if len(log) else log
+    counts["repeated pairs"] -= len(log)
+    return log
+
+
+def k_core(log: Log, k: int, passes: list[int] | None = None, n_passes: float = float("inf")) -> Log:
+    """Drop users and items with fewer than k rows, again and again until none is left to drop (case A09).
+
+    passes    receives the number of rows left after every pass that dropped something
+    n_passes  stop after so many passes
+    """
+    rows, done = np.arange(len(log)), 0
+    while len(rows) and done < n_passes:
+        user, item = log.user[rows], log.item[rows]
+        keep = (np.bincount(user) >= k)[user] & (np.bincount(item) >= k)[item]
+        if keep.all():
+            break
+        rows, done = rows[keep], done + 1
+        if passes is not None:
+            passes.append(len(rows))
+    return log.take(rows)
+
+
+def largest_k(log: Log) -> int:
+    """The largest k whose k-core is not empty (by halving: a k-core holds the (k+1)-core)."""
+    low, high = 0, int(min(np.bincount(log.user).max(), np.bincount(log.item).max())) if len(log) else 0
+    while low < high:
+        k = (low + high + 1) // 2
+        low, high = (k, high) if len(k_core(log, k)) else (low, k - 1)
+    return low
+
+
 def renumber(log: Log) -> Log:
-    """Close the gaps in the numbering, keys in sorted order."""
+    """Close the gaps in the numbering; the keys stay in sorted order (case A07)."""
     users, user = np.unique(log.user, return_inverse=True)
     items, item = np.unique(log.item, return_inverse=True)
-    return replace(
-        log,
-        users=log.users.gather(users),
-        items=log.items.gather(items),
-        user=user.astype(np.int32),
-        item=item.astype(np.int32),
-    )
+    numbers = {"user": user.astype(np.int32), "item": item.astype(np.int32)}
+    return replace(log, users=log.users.gather(users), items=log.items.gather(items), **numbers)
+
+
+def published_readings(pairs: Log, k: int, split_of: Callable[[Log], np.ndarray]) -> dict[str, tuple[int, int, int]]:
+    """Sizes (users, items, pairs) under each reading of how the paper counted (case X44)."""
+    users = np.bincount(pairs.user)
+    cores = {
+        f"{k}-core to the fixed point": k_core(pairs, k),
+        f"one pass of the {k}-core": k_core(pairs, k, n_passes=1),
+        f"users with {k} or more, items as they are": pairs.take(users[pairs.user] >= k),
+    }
+    counted = {}
+    for name, log in cores.items():
+        counted[f"{name}, all pairs"] = log.sizes()
+        counted[f"{name}, training pairs"] = log.take(split_of(log) == 0).sizes()
+    return counted
 
 
 # ---- splitting --------------------------------------------------------------------------------------------------
 
 
-def split(log: Log, how: str, valid_ratio: float, test_ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Part of every row: 0 train, 1 valid, 2 test, int8 [n].
+def oldest_first(log: Log) -> np.ndarray:
+    """Order of rows by user, then time; equal times, or none at all, go by item number (case A17). int32 [n]."""
+    time = np.zeros(len(log)) if log.time is None else log.time
+    return np.lexsort((log.item, time, log.user)).astype(np.int32)
 
-    ratio      each user's rows at random; n * ratio rounded half up, one row at least stays in train (case A21)
+
+def split(
+    log: Log,
+    how: str,
+    valid_ratio: float,
+    test_ratio: float,
+    rng: np.random.Generator,
+    valid_from: str | None = None,
+    test_from: str | None = None,
+) -> np.ndarray:
+    """Part of each row of a log sorted by (user, item): 0 train, 1 valid, 2 test. int8 [n].
+
+    ratio         at random within each user: n * ratio rows, halves rounded up; train keeps one at least (case A21)
+    ratio-global  at random over all rows
+    leave-one     the user's last row is test; leave-two: the one before is valid as well; train keeps one at least
+    time          test from `test_from` on, valid from `valid_from` on; if none is given, the last `test_ratio` of the
+                  rows and the `valid_ratio` before them, equal times staying together (case A16)
     """
-    n = np.bincount(log.user)[log.user]
-    place = _place(log.user, rng.random(len(log)))
-    n_test = np.minimum(np.floor(n * test_ratio + 0.5), n - 1)
-    n_valid = np.minimum(np.floor(n * valid_ratio + 0.5), n - 1 - n_test)
-    return np.where(place < n_test, 2, np.where(place < n_test + n_valid, 1, 0)).astype(np.int8)
+    n = len(log)
+    if how in ("leave-one", "leave-two", "time") and log.time is None:
+        raise UserError(f"--split {how} needs times, and the log has none; use ratio")
+    if how == "time":
+        assert log.time is not None
+        ordered = np.sort(log.time)
+        cuts = [moment(text, log.unit) if text else np.inf for text in (valid_from, test_from)]
+        if valid_from is None and test_from is None:
+            cuts = [ordered[min(n - 1, int(n * (1 - r) + 0.5))] for r in (test_ratio + valid_ratio, test_ratio)]
+        return np.where(log.time >= cuts[1], 2, np.where(log.time >= cuts[0], 1, 0)).astype(np.int8)
+    group = np.zeros(n, np.int32) if how == "ratio-global" else log.user
+    sizes = np.bincount(group, minlength=1)
+    if how.startswith("leave"):
+        order = oldest_first(log)[::-1]
+        order = order[np.argsort(group[order], kind="stable")]
+        n_test, n_valid = np.ones_like(sizes), np.full_like(sizes, how == "leave-two")
+    else:
+        order = np.lexsort((rng.random(n), group))
+        n_test, n_valid = (np.floor(sizes * ratio + 0.5).astype(np.int64) for ratio in (test_ratio, valid_ratio))
+    n_test = np.minimum(n_test, sizes - 1)
+    n_valid = np.minimum(n_valid, sizes - 1 - n_test)
+    place = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the group, 0 first
+    part = np.empty(n, np.int8)
+    part[order] = np.where(place < n_test[group[order]], 2, np.where(place < (n_test + n_valid)[group[order]], 1, 0))
+    return part
 
 
-def _place(user: np.ndarray, by: np.ndarray, *ties: np.ndarray) -> np.ndarray:
-    """Place of every row among its user's rows when these are ordered by `by`, then `ties`; 0 is the first."""
-    order = np.lexsort((*reversed(ties), by, user))
-    starts = np.r_[0, np.cumsum(np.bincount(user))[:-1]]
-    place = np.empty(len(user), np.int64)
-    place[order] = np.arange(len(user)) - starts[user[order]]
-    return place
+def drop_unseen(log: Log, part: np.ndarray, counts: dict) -> tuple[Log, np.ndarray]:
+    """Leave out held-out rows whose user or item has no training row, and count them (cases A15, G08)."""
+    held = part > 0
+    new_user = held & ~np.isin(log.user, log.user[~held])
+    new_item = held & ~np.isin(log.item, log.item[~held])
+    counts["held-out rows of unseen users"] = int(new_user.sum())
+    counts["held-out rows of unseen items"] = int(new_item.sum())
+    keep = ~(new_user | new_item)
+    return log.take(keep), part[keep]
 
 
-def oldest_first(train: Log) -> np.ndarray:
-    """Positions into the (user, item)-sorted rows, each user's oldest first; ties, and no time, go by item number."""
-    time = train.time if train.time is not None else np.zeros(len(train))
-    return np.lexsort((train.item, time, train.user)).astype(np.int32)
+def ready_split(logs: list[Log | None], counts: dict) -> tuple[Log, np.ndarray]:
+    """Join the files of a ready split. A pair in two parts stays in the earlier one; leaks are counted."""
+    parts = [(n, log) for n, log in enumerate(logs) if log is not None]
+    part = np.concatenate([np.full(len(log), n, np.int8) for n, log in parts])
+    arrays = {}
+    for name in ("user", "item", "time"):
+        columns = [getattr(log, name) for _, log in parts]
+        arrays[name] = None if any(c is None for c in columns) else np.concatenate(columns)
+    log = replace(parts[0][1], rating=None, **arrays)
+    order = np.lexsort((part, log.cells))
+    cells, part = log.cells[order], part[order]
+    same_pair = np.r_[False, cells[1:] == cells[:-1]]
+    same_part = np.r_[False, part[1:] == part[:-1]]
+    counts["repeated pairs"] = int((same_pair & same_part).sum())
+    counts["held-out pairs also in an earlier part"] = int((same_pair & ~same_part).sum())
+    log, part = log.take(order[~same_pair]), part[~same_pair]
+    if log.time is not None and log.unit != "order":
+        newest = np.full(len(log.users), -np.inf)
+        np.maximum.at(newest, log.user[part == 0], log.time[part == 0])
+        counts["held-out rows older than their user's last training row"] = int(
+            ((part > 0) & (log.time < newest[log.user])).sum()
+        )
+    return drop_unseen(log, part, counts)
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------
 
-TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[a-zA-Z/!][^<>]*>?", re.S | re.I)
+TAG = re.compile(
+    r"<(script|style)\b.*?</\1\s*>|</?[a-z][a-z0-9]*(\s[^<>]*)?/?>|<!--.*?-->|<[a-z]+\s+[\w-]+=[^<>]*$", re.S | re.I
+)
+JUNK = re.compile(r"getTime\(|var aPageStart|^\s*[.#][\w-]+\s*\{")  # scripts and style sheets in Amazon's 2018 fields
 
 
 def clean_text(text: str) -> str:
-    """Entities and tags resolved, blanks joined."""
-    return " ".join(TAGS.sub(" ", html.unescape(text)).split())
+    """Entities resolved (twice: some are packed twice), tags and the scraper's scripts removed, blanks joined."""
+    text = html.unescape(html.unescape(text))
+    return "" if JUNK.search(text) else " ".join(TAG.sub(" ", text).split())
 
 
-def read_items(path: Path | None, cfg: Any, keys: pl.Series, counts: dict) -> list[dict]:
-    """One record per item number: key, title, text (brand, categories, description), profile."""
-    found = {}
-    if path is not None:
-        layout = sniff(path, columns=cfg.item_columns, encoding=cfg.encoding, roles=ITEM_ROLES)
-        wanted = pl.DataFrame({"item": keys})
-        for frame in item_frames(layout, Bad(cfg.skip_bad_rows)):
-            for row in frame.join(wanted, on="item", how="semi").iter_rows(named=True):
-                found.setdefault(row["item"], row)
+def flat_text(value: str | None) -> str:
+    """A field of an item file as text: a list in JSON, also a nested one, becomes its members joined by commas."""
+
+    def members(value: Any) -> list[str]:
+        return [m for v in value for m in members(v)] if isinstance(value, list) else [str(value)]
+
+    if value and value.startswith("["):
+        try:
+            return ", ".join(members(json.loads(value)))
+        except ValueError:
+            pass
+    return value or ""
+
+
+def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad, counts: dict) -> list[dict]:
+    """A record per item number: key, title, text (brand; categories; description or features), template profile.
+
+    Values that read "None" or "null" are text (case A05). A title that is missing, or nothing but the scraper's
+    markup, is "" and counted (case A04). Rows of items outside the catalogue are left out and counted.
+    """
+    found: dict[str, dict] = {}
+    n_outside = 0
+    for frame in item_frames(layout, bad) if layout else ():
+        known = frame.join(pl.DataFrame({"item": keys}), on="item", how="semi", maintain_order="left")
+        n_outside += len(frame) - len(known)
+        for row in known.iter_rows(named=True):
+            found.setdefault(row["item"], row)
+    counts |= {"items without a row": len(keys) - len(found), "item rows outside the catalogue": n_outside}
+    counts |= {"items without title": 0, "titles cleaned": 0, "items without text": 0, "texts cut": 0}
     records = []
     for n, key in enumerate(keys):
-        row = found.get(key, {})
-        title, *rest = (clean_text(plain_text(row.get(r))) for r in ("title", "brand", "categories", "description"))
-        text = ". ".join(part for part in rest if part)
-        records.append({"item": n, "key": key, "title": title, "text": text, "profile": item_profile(title, text)})
-    counts["items without title"] = sum(not r["title"] for r in records)
+        raw = {role: flat_text(found.get(key, {}).get(role)) for role in ITEM_ROLES[1:]}
+        raw["categories"] = raw["categories"].replace("|", ", ")
+        title, brand, categories, description, features = (clean_text(value) for value in raw.values())
+        text = ". ".join(part for part in (brand, categories, description or features) if part)
+        counts["items without title"] += not title
+        counts["titles cleaned"] += title != raw["title"]
+        counts["items without text"] += not text
+        counts["texts cut"] += len(text) > max_chars
+        text = text[:max_chars].rstrip()
+        profile = ". ".join(part for part in (title, text[:PROFILE_CHARS].rstrip()) if part)
+        records.append({"item": n, "key": key, "title": title, "text": text, "profile": profile})
     return records
 
 
-def plain_text(value: str | None) -> str:
-    """A field as text: a JSON list becomes its members joined by commas."""
-    if value and value.startswith("[") and value.endswith("]"):
-        try:
-            return ", ".join(str(v) for v in json.loads(value))
-        except ValueError:
-            pass
-    return (value or "").replace("|", ", ")
+PROFILE_CHARS = 300  # of an item's text in its template profile
 
 
-def user_profiles(items: np.ndarray, users: np.ndarray, titles: list[str], n_users: int, n_titles: int) -> list[str]:
-    """Profile of every user from its training items, given newest first within each user."""
-    newest: list[list[str]] = [[] for _ in range(n_users)]
-    for u, i in zip(users.tolist(), items.tolist(), strict=True):
-        if len(newest[u]) < n_titles and titles[i]:
-            newest[u].append(titles[i])
-    return [user_profile(titles) for titles in newest]
+def read_users(train: Log, titles: list[str], n_titles: int) -> list[dict]:
+    """A record per user number: key and a template profile from the newest training rows only (case A20)."""
+    newest: list[list[str]] = [[] for _ in train.users]
+    for row in oldest_first(train)[::-1].tolist():
+        mine, title = newest[train.user[row]], titles[train.item[row]]
+        if title and len(mine) < n_titles:
+            mine.append(f'"{title}"')
+    told = [f"Lately took {', '.join(mine)}." if mine else "Took nothing that has a title." for mine in newest]
+    return [{"user": n, "key": key, "profile": p} for n, (key, p) in enumerate(zip(train.users, told, strict=True))]
 
 
-def item_profile(title: str, text: str, n_chars: int = 300) -> str:
-    return ". ".join(part for part in (title, text[:n_chars].rstrip()) if part)
+def read_reviews(layout: Layout, train: Log, max_chars: int) -> list[dict]:
+    """Review texts of the training rows, sorted by (user, item); of two texts for one row the smaller stays."""
+    pairs = pl.DataFrame(
+        {"user": train.users.gather(train.user), "item": train.items.gather(train.item), "u": train.user}
+    )
+    pairs = pairs.with_columns(i=train.item, time=pl.Series(train.time, dtype=pl.Float64))
+    on = ["user", "item"] + ["time"] * (train.time is not None)
+    found = [
+        frame.join(pairs.select(*on, "u", "i"), on=on).select("u", "i", pl.col("text").str.slice(0, max_chars))
+        for frame in frames(layout, Bad(skip=True), ("user", "item", "time", "text"))
+    ]
+    table = pl.concat(found).drop_nulls().sort("u", "i", "text").unique(["u", "i"], keep="first", maintain_order=True)
+    return [{"user": u, "item": i, "text": text} for u, i, text in table.iter_rows()]
 
 
-def user_profile(titles: Iterable[str]) -> str:
-    """One sentence on the newest training items, newest first (train rows only: case A20)."""
-    named = [f'"{title}"' for title in titles if title]
-    return f"Lately took {', '.join(named)}." if named else "Nothing with a title was taken."
+# ---- looking at a file ------------------------------------------------------------------------------------------
+
+
+def describe(path: str, **options: Any) -> str:
+    """What a log is and what prep would make of it; nothing is written. `options` are those of readers.sniff."""
+    files = locate(resolve_path(path))
+    bad, assert_path = Bad(skip=True), files[0]
+    assert assert_path is not None
+    layout = sniff(assert_path, **options)
+    (log,) = read_logs([layout], bad)
+    counts: dict[str, Any] = {}
+    pairs = deduplicate(log, "first", counts)
+    users, items, n = pairs.sizes()
+    lines = [f"{files[0]}", f"  {layout}"]
+    lines += [
+        f"  {name}: {file}" for name, file in zip(("item texts", "valid", "test"), files[1:], strict=True) if file
+    ]
+    lines += [
+        f"  {len(log):,} rows, {len(bad.rows):,} that cannot be read, {counts['repeated pairs']:,} repeated pairs"
+    ]
+    lines += [f"  line {row['line']}: {row['why']}" for row in bad.rows[:10]]
+    lines += [f"  {users:,} users x {items:,} items, {n:,} pairs, density {n / users / items:.2e}"]
+    lines += ["", *histogram("rating", log.rating)] if log.rating is not None else ["  no ratings"]
+    if log.time is not None and log.unit in TICKS:
+        years = (log.time / TICKS[log.unit] * 1e6).astype("datetime64[us]").astype("datetime64[Y]").astype(int) + 1970
+        lines += ["", *histogram("year", years)]
+    lines += ["", f"largest k with a k-core: {largest_k(pairs)}"]
+    for k in (2, 5, 10, 20):
+        core = k_core(pairs, k)
+        lines += ["  {}-core: {:,} users x {:,} items, {:,} pairs".format(k, *core.sizes())] if len(core) else []
+    return "\n".join(lines)
+
+
+def histogram(name: str, values: np.ndarray, width: int = 40) -> list[str]:
+    """Bars of the distinct values, or of ten ranges if there are more than 30."""
+    found, counts = np.unique(values, return_counts=True)
+    if len(found) > 30:
+        counts, edges = np.histogram(values, 10)
+        found = edges[:-1]
+    bars = ["#" * max(1, round(width * c / counts.max())) if c else "" for c in counts]
+    return [f"{name:>8}"] + [f"{v:>8g} {c:>12,} {bar}" for v, c, bar in zip(found, counts, bars, strict=True)]
 
 
 # ---- toy --------------------------------------------------------------------------------------------------------
+
 TOY_GENRES = ("Cooking", "Astronomy", "Gardening", "Chess", "Sailing", "Jazz", "Pottery", "Hiking")
 TOY_NOUNS = ("Handbook", "Starter Kit", "Poster", "Calendar", "Board Game", "Mug", "Notebook", "Puzzle", "Lamp", "Map")
 

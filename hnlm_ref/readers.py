@@ -1,17 +1,19 @@
-"""Files of every format become frames with the columns user, item, rating, time (and text), ids as text.
+"""Files of every format become frames of the columns user, item, rating, time and text; ids are text (case A06).
 
-A file is read in blocks of whole records, so memory does not grow with it: Polars parses a block, and only a block
-that holds something wrong is walked through line by line, to name the lines. `sniff` finds out what a file is.
-Times are float64 in the file's own unit: seconds (s), milliseconds (ms), us, ns, or "order" (a plain running number).
+`locate` finds the files of a known folder, `sniff` finds out what a file is, `frames` reads it. A file is read in
+blocks of whole records, so memory does not grow with it. Polars parses a block; only a block that holds something
+wrong is walked through record by record, to name the lines.
 """
 
 import ast
 import codecs
 import csv
 import gzip
+import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +25,9 @@ from hnlm_ref.console import UserError
 from hnlm_ref.knobs import unknown
 
 BLOCK = 1 << 25  # bytes read at once
-UNITS = {"order": 0, "s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}  # ticks per second
-DATES = ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.fZ", "%Y-%m-%dT%H:%M:%S%.f", "%m %d, %Y")
+HEAD = 1 << 18  # bytes looked at to find out what a file is
+LOG_ROLES = ("user", "item", "history", "rating", "time", "text")
+ITEM_ROLES = ("item", "title", "brand", "categories", "description", "features")
 
 # What columns are called, by role, in order of preference; compared in lower case without marks (userId = user_id).
 ALIASES = {
@@ -37,40 +40,57 @@ ALIASES = {
     "title": ("itemtitle", "title", "movietitle", "name"),
     "brand": ("brand", "store"),
     "categories": ("categories", "category", "genres", "genre", "class", "maincategory"),
-    "description": ("description", "features", "feature"),
+    "description": ("description",),
+    "features": ("features", "feature"),
 }
-LOG_ROLES = ("user", "item", "history", "rating", "time", "text")
-ITEM_ROLES = ("item", "title", "brand", "categories", "description")
 
 
 class Format(NamedTuple):
-    """A named format. `columns` gives the role of each column of a file that has no header."""
+    """A format by name: `columns` prove it in a file with a header, and are the roles in order in one without."""
 
-    kind: str  # json, delimited, sequence, parquet
+    kind: str  # json (one object a line), delimited, sequence (user item item ...), parquet
     sep: str = ""
     header: bool = True
-    columns: tuple[str, ...] = ()  # no header: roles in order; otherwise: columns that prove the format
-    encoding: str = "utf-8"
+    columns: tuple[str, ...] = ()
 
 
-_AMAZON = ("reviewerID", "asin", "overall", "unixReviewTime")
 FORMATS = {
-    "amazon-2018": Format("json", columns=_AMAZON),  # and 2014, whose lines may be Python literals
+    "amazon-2018": Format("json", columns=("reviewerID", "asin", "overall", "unixReviewTime")),  # and 2014
     "amazon-2023": Format("json", columns=("user_id", "parent_asin", "rating", "timestamp")),
     "amazon-2023-ratings": Format("delimited", ",", columns=("user_id", "parent_asin", "rating", "timestamp")),
     "amazon-2018-ratings": Format("delimited", ",", False, ("item", "user", "rating", "time")),
     "yelp": Format("json", columns=("user_id", "stars", "date")),
-    "movielens-100k": Format("delimited", "\t", False, ("user", "item", "rating", "time"), "latin-1"),
-    "movielens-1m": Format("delimited", "::", False, ("user", "item", "rating", "time"), "latin-1"),
-    "movielens": Format("delimited", ",", columns=("userId", "movieId", "rating", "timestamp")),
-    "recbole": Format("delimited", "\t"),
+    "movielens-100k": Format("delimited", "\t", False, ("user", "item", "rating", "time")),
+    "movielens-1m": Format("delimited", "::", False, ("user", "item", "rating", "time")),  # and 10m
+    "movielens": Format(
+        "delimited", ",", columns=("userId", "movieId", "rating", "timestamp")
+    ),  # latest, 20m and later
     "selfrec": Format("delimited", " ", False, ("user", "item", "rating")),
-    "sequence": Format("sequence", " ", False),  # LightGCN train.txt, S3-Rec
+    "sequence": Format("sequence", " ", False),  # LightGCN, S3-Rec
+    "recbole": Format("delimited", "\t"),  # typed header, user_id:token
     "json": Format("json"),
     "csv": Format("delimited", ","),
     "tsv": Format("delimited", "\t"),
     "parquet": Format("parquet"),
 }
+NO_HEADER = ("user", "item", "rating", "time")
+
+# Files of the folders that data sets come in: log, item texts, validation and test part of a ready split.
+FOLDERS = (
+    ("*.train.inter*", "*.item*", "*.valid.inter*", "*.test.inter*"),
+    ("*.inter*", "*.item*"),
+    ("u.data", "u.item"),
+    ("ratings.dat", "movies.dat"),
+    ("ratings.csv", "movies.csv"),
+    ("*review*.json*", "*business*.json*"),
+    ("[!m]*.json*", "meta_*.json*"),
+    ("trainset.txt*", "", "", "testset.txt*"),
+    ("train.txt*", "", "valid.txt*", "test.txt*"),
+)
+
+# Where the size of a time betrays its unit: seconds reach 1e11 in the year 5138, milliseconds did in 1973.
+UNITS = {"order": (0, 1e8), "s": (1e8, 1e11), "ms": (1e11, 1e14), "us": (1e14, 1e17), "ns": (1e17, float("inf"))}
+DATES = ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.fZ", "%Y-%m-%dT%H:%M:%S%.f", "%m %d, %Y")
 
 
 @dataclass(frozen=True)
@@ -80,50 +100,59 @@ class Layout:
     path: Path
     format: str
     kind: str
-    sep: str
-    header: bool
-    names: tuple[str, ...]
-    columns: dict[str, str]
-    encoding: str
-    gzipped: bool
-
-    @property
-    def quote(self) -> str | None:
-        """Choice: RecBole and bar-separated MovieLens files know no quoting; others quote as spreadsheets do."""
-        return None if self.format == "recbole" or self.sep in ("|", " ", "::") or self.kind != "delimited" else '"'
+    columns: dict[str, str]  # role -> column
+    sep: str = ""
+    quote: str | None = None
+    header: bool = True
+    names: tuple[str, ...] = ()
+    encoding: str = "utf-8"
+    gzipped: bool = False
+    unit: str | None = None  # of the times: one of UNITS or "date"; None: the file has none
+    guessed: bool = True  # whether the unit was; then every time is held against it
 
     def __str__(self) -> str:
-        sep = {"\t": "tab", " ": "blanks", "": ""}.get(self.sep, repr(self.sep))
-        parts = [self.format, "gzip" if self.gzipped else "", f"separator {sep}" if sep else "", self.encoding]
-        return ", ".join(p for p in parts if p) + "; " + " ".join(f"{r}={c}" for r, c in self.columns.items())
+        sep = {"\t": "tab", " ": "blanks"}.get(self.sep, repr(self.sep))
+        parts = [self.format, "gzip" * self.gzipped, f"separator {sep}" if self.sep else "", self.encoding]
+        parts += [f"time in {self.unit}" if self.unit else "", " ".join(f"{r}={c}" for r, c in self.columns.items())]
+        return ", ".join(p for p in parts if p)
 
 
 @dataclass
 class Bad:
-    """Rows that cannot be read: collected, then refused in one sentence or, with --skip-bad-rows, counted."""
+    """Rows that cannot be read: refused in one sentence, or collected under --skip-bad-rows (case A18)."""
 
     skip: bool = False
-    rows: list[tuple[str, int, str]] = field(default_factory=list)  # file name, line, what is wrong
+    rows: list[dict] = field(default_factory=list)  # file, line, what is wrong
 
     def add(self, path: Path, found: list[tuple[int, str]]) -> None:
-        self.rows += [(path.name, line, why) for line, why in found]
+        self.rows += [{"file": path.name, "line": line, "why": why} for line, why in found]
         if found and not self.skip:
             shown = "; ".join(f"line {line}: {why}" for line, why in found[:10])
             more = f" and {len(found) - 10} more" if len(found) > 10 else ""
             raise UserError(f"{path}: {shown}{more}; mend the file or pass --skip-bad-rows")
 
 
-# ---- looking at a file ------------------------------------------------------------------------------------------
+# ---- what a file is ---------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> Any:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder without files of a known layout; name a file")
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+def locate(path: Path) -> list[Path | None]:
+    """[log, item texts, validation part, test part] of a folder with the file names of FOLDERS; a file is the log."""
+    if not path.is_dir():
+        return [path, None, None, None]
+    for patterns in FOLDERS:
+        found = [sorted(path.glob(pattern)) if pattern else [] for pattern in patterns]
+        if len(found[0]) == 1 and (len(patterns) == 2 or found[3]):
+            return ([files[0] if files else None for files in found] + [None, None])[:4]
+    raise UserError(f"{path} is a folder in which no known log is found; name the file")
+
+
+def _open(path: Path) -> tuple[Any, bool]:
+    """The file's bytes, unpacked, and whether they were packed."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" if not path.exists() else f"{path} is a folder; name a file")
     with path.open("rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if gzipped else path.open("rb")
+    return (gzip.open(path, "rb") if gzipped else path.open("rb")), gzipped
 
 
 def _read(file: Any, path: Path, size: int) -> bytes:
@@ -140,161 +169,204 @@ def sniff(
     header: bool | None = None,
     encoding: str | None = None,
     columns: Iterable[str] = (),
+    time_unit: str = "auto",
     roles: tuple[str, ...] = LOG_ROLES,
 ) -> Layout:
-    """Find out what `path` is.
+    """Find out what the file is; what is given is not guessed.
 
     name     one of FORMATS, or "auto"
-    columns  "role=column" each; the column by name, or by place from 1 in a file without header
-    Raises UserError when the file is empty, or when no column can be user or item.
+    columns  "role=column" each: the column's name, or its place from 1 where there is no header; "role=" drops a role
+    Raises UserError when the file is empty, a name is unknown, or no column can be user or item.
     """
     if name not in ("auto", *FORMATS):
         raise UserError(f"no format {name!r}; {unknown(name, ('auto', *FORMATS))}")
-    with _open(path) as file:
-        head = _read(file, path, 1 << 18)
+    wanted = FORMATS.get(name)
+    file, gzipped = _open(path)
+    with file:
+        head = _read(file, path, HEAD)
     if not head.strip():
         raise UserError(f"{path} is empty")
-    gzipped = path.open("rb").read(2) == b"\x1f\x8b"
-    if head[:4] == b"PAR1":
-        names = tuple(pl.read_parquet_schema(path))
-        found = _roles(names, columns, roles, path)
-        return Layout(path, "parquet", "parquet", "", True, names, found, "utf-8", False)
-    wanted = FORMATS.get(name)
+    if head.startswith(b"PAR1"):
+        first = pl.scan_parquet(path).head(1000).collect()
+        found = _roles(tuple(first.columns), columns, roles, path)
+        values = first[found["time"]] if "time" in found else pl.Series(dtype=pl.Float64)
+        samples = ["2000-01-01"] if values.dtype.is_temporal() else values.drop_nulls().cast(pl.String).to_list()
+        return Layout(path, "parquet", "parquet", found, unit=_unit(samples, time_unit), guessed=time_unit == "auto")
     if encoding is None:
-        encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else wanted.encoding if wanted else "utf-8"
-    text = head.decode(encoding, errors="replace").removeprefix("\ufeff")
-    lines = [line for line in text.splitlines() if line.strip()][: 1000 if len(head) == 1 << 18 else None]
-    kind = wanted.kind if wanted else "json" if lines[0].startswith("{") and not sep else "delimited"
+        encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    try:
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
+    except LookupError as error:
+        raise UserError(f"--encoding {encoding}: {error}") from error
+    lines = [line for line in text.splitlines()[: -1 if len(head) == HEAD else None] if line.strip()] or [text]
+    if text.startswith("["):
+        raise UserError(f"{path} is one JSON list; write one object a line, as `jq -c '.[]'` does")
+    kind = wanted.kind if wanted else "json" if text.startswith("{") and not sep else "delimited"
     if kind == "json":
-        names = tuple(dict.fromkeys(key for line in lines[:200] for key in _record(line)))
-        header, sep = True, ""
+        try:
+            records = [_record(line) for line in lines[:200]]
+        except ValueError as error:
+            records = [{}]
+            if len(lines) == 1 or lines[0].strip() == "{":
+                raise UserError(f"{path}: line 1: {error}; one JSON object a line is wanted") from error
+        names: tuple[str, ...] = tuple(dict.fromkeys(key for record in records for key in record))
+        header = True
     else:
         sep = sep.replace("\\t", "\t") if sep else wanted.sep if wanted and wanted.sep else _separator(lines)
-        fields = [_fields(line, sep) for line in lines[:1000]]
-        if kind == "delimited" and not wanted and sep == " " and len({len(f) for f in fields}) > 1:
-            kind = "sequence"
+        fields = list(itertools.islice(_fields(lines, sep, '"'), 1000))
+        widths = {len(row) for row in fields}
         if header is None:
-            header = wanted.header if wanted else kind != "sequence" and not any(_number(f) for f in fields[0])
-            header = header and (wanted is not None or bool(_match(fields[0], "user")) or not _number(fields[-1][-1]))
-        names = tuple(f.strip() for f in fields[0]) if header else tuple(str(i + 1) for i in range(len(fields[0])))
+            known = roles[0] in _aliases(fields[0], roles)
+            header = wanted.header if wanted else known or not any(_is_number(f) for row in fields[:1] for f in row)
+            header = header and not (kind == "sequence" or (sep == " " and not known))
+        if kind == "delimited" and not wanted and sep == " " and not header and len(widths) > 1:
+            kind = "sequence"
+        names = tuple(f.strip() for f in fields[0]) if header else tuple(str(n + 1) for n in range(max(widths)))
+        records = [dict(zip(names, row, strict=False)) for row in fields[int(header) :]]
     if kind == "sequence":
-        found = {"user": "1", "history": "2 ..."}
-        return Layout(path, name if wanted else "sequence", kind, " ", False, names, found, encoding, gzipped)
-    if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise UserError(f"{path}: line 1: the header names column {twice!r} twice; rename one")
-    format = name if wanted else _recognise(kind, sep, header, names, lines)
-    given = FORMATS[format].columns
+        chains = [row[1:] for row in fields]
+        ordered = time_unit == "order" or any(row != sorted(row) and row != sorted(row, key=_as_int) for row in chains)
+        found, unit = {"user": "first", "history": "rest"}, "order" if ordered else None
+        return Layout(path, "sequence", kind, found, " ", None, False, (), encoding, gzipped, unit)
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise UserError(f"{path}: line 1: the header names column {twice[0]!r} twice; rename one")
+    format = name if wanted else _recognise(kind, sep or "", header, names, lines[0])
     if not header and not columns:
-        order = given if given else ("user", "item", "rating", "time") if roles is LOG_ROLES else ITEM_ROLES[:2]
-        columns = [f"{role}={i + 1}" for i, role in enumerate(order[: len(names)])]
-    found = _roles(names, columns, roles, path, sep if kind == "delimited" else "")
-    return Layout(path, format, kind, sep, header, names, found, encoding, gzipped)
+        order = FORMATS[format].columns or NO_HEADER if roles is LOG_ROLES else ("item", "title", "categories")
+        order = order[: 2 if sep == "|" else None]  # MovieLens u.item: number, title, dates
+        columns = [f"{role}={n + 1}" for n, role in enumerate(order[: len(names)])]
+    found = _roles(names, columns, roles, path, kind == "delimited")
+    quoted = sep in (",", ";") or (sep == "\t" and re.search(r'(^|\t)"[^\t\n]*"(\t|\r?$)', text, re.M))
+    quote = '"' if kind == "delimited" and quoted and format != "recbole" else None
+    unit = "order" if "history" in found else None
+    if "time" in found:
+        unit = _unit([str(r.get(found["time"], "")) for r in records[:1000]], time_unit)
+    guessed = time_unit == "auto"
+    return Layout(path, format, kind, found, sep or "", quote, header, names, encoding, gzipped, unit, guessed)
 
 
 def _record(line: str) -> dict:
-    """One line as a record: JSON, or the Python literal that Amazon's 2014 files hold. ValueError if it is neither."""
+    """One line as a record: JSON, or the Python literal of Amazon's 2014 files. ValueError if it is neither."""
     try:
         record = json.loads(line)
     except ValueError:
         try:
             record = ast.literal_eval(line)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ValueError("not a JSON object") from None
+            raise ValueError("it is no JSON object") from None
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("it is no JSON object")
     return record
 
 
-def _fields(line: str, sep: str) -> list[str]:
-    if sep == " ":
-        return line.split()
-    return line.split(sep) if len(sep) > 1 else next(csv.reader([line], delimiter=sep), [])
-
-
-def _number(text: str) -> bool:
-    return bool(re.fullmatch(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?", text.strip()))
+def _fields(lines: Iterable[str], sep: str, quote: str | None) -> Iterator[list[str]]:
+    """Records of a delimited text; runs of blanks count as one (case A02). Raises csv.Error on bad quoting."""
+    if quote is None or sep in (" ", "::"):
+        return (line.rstrip("\r\n").split(None if sep == " " else sep) for line in lines)
+    return csv.reader(lines, delimiter=sep)
 
 
 def _separator(lines: list[str]) -> str:
-    """The separator that cuts the first lines into the same number of fields, two at least; blanks otherwise."""
-    sample = lines[:50]
-    for sep in ("\t", "::", ",", ";", "|"):
-        sizes = {len(_fields(line, sep)) for line in sample}
-        if min(sizes) >= 2 and (len(sizes) == 1 or (sep in (",", "\t") and not _number(lines[0].split(sep)[0]))):
-            return sep
-    return " " if min(len(line.split()) for line in sample) >= 2 else ","
+    """The separator that cuts most lines into the same number of fields, at least two; blanks if none does."""
+
+    def agreement(sep: str) -> float:
+        n_fields, n_lines = Counter(map(len, _fields(lines[:100], sep, '"'))).most_common(1)[0]
+        return n_lines / len(lines[:100]) if n_fields > 1 else 0
+
+    best = max(("\t", "::", ",", ";", "|"), key=agreement)
+    return best if agreement(best) > 0.5 else " " if len(lines[0].split()) > 1 else ","
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]", "", name.partition(":")[0].lower())
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"\s*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?\s*", text))
 
 
-def _match(names: Iterable[str], role: str) -> str | None:
-    plain = {_plain(name): name for name in reversed(list(names))}
-    return next((plain[alias] for alias in ALIASES[role] if alias in plain), None)
+def _as_int(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
 
 
-def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...], path: Path, sep: str = "") -> dict:
-    """Role -> column name, from `columns` first and the usual names otherwise."""
-    found = {role: match for role in roles if (match := _match(names, role))}
+def _aliases(names: Iterable[str], roles: tuple[str, ...]) -> dict[str, str]:
+    plain = {re.sub(r"[\W_]", "", name.partition(":")[0].lower()): name for name in reversed(list(names))}
+    return {role: plain[a] for role in roles for a in reversed(ALIASES[role]) if a in plain}
+
+
+def _roles(
+    names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...], path: Path, cut: bool = False
+) -> dict:
+    """Role -> column: the usual names, unless `columns` says otherwise."""
+    found = _aliases(names, roles)
     for pair in columns:
         role, _, column = pair.partition("=")
-        if role not in ALIASES:
-            raise UserError(f"--columns {pair}: {unknown(role, ALIASES)}")
+        if role not in roles:
+            raise UserError(f"columns {pair!r}: write role=column; {unknown(role, roles)}")
         if column and column not in names:
-            raise UserError(f"{path} has no column {column!r} for {role}: it has {', '.join(names)}")
-        found = {**{r: c for r, c in found.items() if r != role}, **({role: column} if column else {})}
-    if lacking := [role for role in ("user", "item") if role in roles and role not in found]:
-        hint = " if the separator is another, name it, as in --sep '\\t';" if len(names) == 1 and sep else ""
+            raise UserError(f"{path} has no column {column!r} for {role}; it has {', '.join(names)[:300]}")
+        found = {r: c for r, c in found.items() if r != role} | ({role: column} if column else {})
+    lacking = [role for role in ("user", "item") if role in roles and role not in found]
+    if lacking and not (lacking == ["item"] and "history" in found):
+        other = "--sep '\\t' or another --sep, " if cut and len(names) == 1 else ""
         raise UserError(
-            f"{path}: no column for {' and '.join(lacking)} among the {len(names)} found ({', '.join(names)[:200]});"
-            f"{hint} name them, as in --columns user=NAME,item=NAME"
+            f"{path}: no column for {' and '.join(lacking)} among the {len(names)} found ({', '.join(names)[:300]!r}); "
+            f"try {other}--columns user=NAME,item=NAME or --header false"
         )
     return found
 
 
-def _recognise(kind: str, sep: str, header: bool, names: tuple[str, ...], lines: list[str]) -> str:
+def _recognise(kind: str, sep: str, header: bool, names: tuple[str, ...], line: str) -> str:
+    """Name of the first format whose kind, separator and columns are the file's."""
     if kind == "delimited" and header and all(":" in name for name in names):
         return "recbole"
-    for name, format in FORMATS.items():
-        if (format.kind, format.header) != (kind, header) or (kind == "delimited" and format.sep != sep):
+    for name, f in FORMATS.items():
+        if not f.columns or (f.kind, f.header) != (kind, header) or (kind == "delimited" and f.sep != sep):
             continue
-        if name == "amazon-2018-ratings" and not re.match(r"[B\d][\dA-Z]{9},A[\dA-Z]{9,},", lines[0]):
-            continue
-        if (header and set(format.columns) <= set(names)) or (not header and len(format.columns) >= len(names)):
+        asin_first = re.match(r"[B\d][\dA-Z]{9},A[\dA-Z]{9,},", line)
+        if set(f.columns) <= set(names) if header else len(names) == len(f.columns) and (sep != "," or asin_first):
             return name
-    return {"json": "json", "\t": "tsv"}.get(kind if kind == "json" else sep, "csv")
+    return "json" if kind == "json" else "tsv" if sep == "\t" else "csv"
+
+
+def _unit(samples: list[str], time_unit: str) -> str | None:
+    """Unit of the first time that can be read (case A13)."""
+    if time_unit != "auto":
+        return time_unit
+    for text in samples:
+        if _is_number(text):
+            return next(unit for unit, (low, high) in UNITS.items() if low <= abs(float(text)) < high)
+        if pl.select(_date(pl.lit(text))).item() is not None:
+            return "date"
+    return "s" if samples else None
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
+def _date(text: pl.Expr) -> pl.Expr:
+    """Dates of any of the forms DATES, as seconds."""
+    parsed = [text.str.strip_chars().str.to_datetime(form, strict=False, time_unit="us") for form in DATES]
+    return pl.coalesce(parsed).dt.timestamp("us") / 1e6
+
+
 def _blocks(layout: Layout) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, UTF-8 bytes of whole records); the header line and a byte order mark are left out."""
-    line, rest = 1, b""
-    utf8 = layout.encoding.lower().replace("-", "") == "utf8"
-    decode = None if utf8 else codecs.getincrementaldecoder(layout.encoding)()
-    with _open(layout.path) as file:
+    """(number of the first line, UTF-8 bytes of whole records), without byte order mark and header."""
+    line, rest, path = 1, b"", layout.path
+    decoder = None if layout.encoding.lower() in ("utf-8", "utf8") else codecs.getincrementaldecoder(layout.encoding)()
+    with _open(path)[0] as file:
         while True:
-            chunk = _read(file, layout.path, BLOCK)
+            chunk = _read(file, path, BLOCK)
             try:
-                data = rest + (chunk if decode is None else decode.decode(chunk, final=not chunk).encode())
+                data = rest + (decoder.decode(chunk, not chunk).encode() if decoder else chunk)
             except UnicodeDecodeError as error:
-                raise UserError(f"{layout.path}: after line {line}: {error}; name the right --encoding") from error
-            if line == 1:
-                data = data.removeprefix(b"\xef\xbb\xbf").removeprefix("\ufeff".encode())
+                raise UserError(f"{path}: after line {line}: {error}; name another --encoding") from error
+            data = data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data
             cut = data.rfind(b"\n") + 1 if chunk else len(data)
             if chunk and layout.quote and data.count(b'"', 0, cut) % 2:  # the cut lies inside a quoted field
                 cut = data.rfind(b"\n", 0, data.rfind(b'"', 0, cut)) + 1
             block, rest = data[:cut], data[cut:]
-            n_lines = block.count(b"\n")
-            if line == 1 and layout.header and layout.kind == "delimited" and block:
-                block = block.partition(b"\n")[2]
-                yield 2, block
-            elif block.strip():
-                yield line, block
-            line += n_lines
+            first, line = line, line + block.count(b"\n")
+            if first == 1 and block and layout.kind == "delimited" and layout.header:
+                first, block = 2, block.partition(b"\n")[2]
+            if block.strip():
+                yield first, block
             if not chunk:
                 return
 
@@ -302,197 +374,150 @@ def _blocks(layout: Layout) -> Iterator[tuple[int, bytes]]:
 def _parse(data: bytes, layout: Layout, columns: list[str]) -> pl.DataFrame:
     """The wanted columns of a block as text, by Polars. Raises PolarsError where the block needs a closer look."""
     if layout.kind == "json":
-        return pl.read_ndjson(data, schema={name: pl.String for name in columns})
+        return pl.read_ndjson(data, schema=dict.fromkeys(columns, pl.String))
     if b"\0" in data:
-        raise pl.exceptions.ComputeError("NUL byte")
-    sep = "\t" if layout.sep in (" ", "::") else layout.sep
-    if layout.sep == " ":
-        data = b"\n".join(b"\t".join(line.split()) for line in data.split(b"\n"))
-    elif layout.sep == "::":
-        data = data.replace(b"::", b"\t")
-    schema = {name: pl.String for name in layout.names}
-    if not data.strip():
-        return pl.DataFrame(schema={name: pl.String for name in columns})
-    return pl.read_csv(data, separator=sep, quote_char=layout.quote, has_header=False, schema=schema).select(columns)
+        raise pl.exceptions.ComputeError("NUL")
+    sep = layout.sep
+    if sep in (" ", "::"):
+        wide = (b"\t".join(line.split()) for line in data.split(b"\n"))
+        data, sep = b"\n".join(wide) if sep == " " else data.replace(b"::", b"\t"), "\t"
+    schema = dict.fromkeys(layout.names, pl.String)
+    frame = pl.read_csv(data, separator=sep, quote_char=layout.quote, has_header=False, schema=schema)
+    return frame.select(columns).filter(~pl.all_horizontal(pl.all().is_null()))  # blank lines
 
 
 def _walk(data: bytes, layout: Layout, columns: list[str], line: int) -> tuple[pl.DataFrame, list[int], list]:
-    """The same, record by record, in Python: frame, the line of each row, and (line, reason) of the bad ones."""
-    rows, lines, bad = [], [], []
-    raw = data.split(b"\n")
-    i = 0
-    while i < len(raw):
-        first, record = i, raw[i]
-        i += 1
-        if layout.quote and record.count(b'"') % 2:  # a quoted line break: at most 1,000 lines belong to a field
-            for j in range(i, min(i + 1000, len(raw))):
-                record += b"\n" + raw[j]
-                if raw[j].count(b'"') % 2:
-                    i = j + 1
-                    break
-            else:
-                bad.append((line + first, "a quote is never closed"))
-                continue
-        if not record.strip():
+    """The same in Python, record by record: frame, line of each row, and (line, what is wrong) of the bad ones."""
+    raw, rows, lines, bad, at = data.split(b"\n"), [], [], [], 0
+    while at < len(raw):
+        first, at = at, at + 1
+        if not raw[first].strip():
             continue
         try:
-            if b"\0" in record:
+            texts = (
+                part.decode() + "\n" for part in raw[first : first + 1000]
+            )  # Choice: a field has 1,000 lines at most
+            if b"\0" in raw[first]:
                 raise ValueError("it holds a NUL byte")
-            text = record.rstrip(b"\r").decode()
             if layout.kind == "json":
-                found = _record(text)
-                row = [v if v is None or isinstance(v, str) else json.dumps(v) for v in map(found.get, columns)]
+                found = _record(next(texts))
             else:
-                fields = (
-                    _fields(text, layout.sep) if layout.quote else text.split(None if layout.sep == " " else layout.sep)
-                )
+                if layout.quote:
+                    reader = csv.reader(texts, delimiter=layout.sep, strict=True)
+                    fields = next(reader)
+                    at = first + reader.line_num
+                else:
+                    fields = next(_fields(texts, layout.sep, None))
                 if len(fields) > len(layout.names):
                     raise ValueError(f"{len(fields)} fields where {len(layout.names)} are named")
-                by_name = dict(zip(layout.names, fields, strict=False))
-                row = [by_name.get(name) for name in columns]
-            rows.append(row)
+                found = dict(zip(layout.names, fields, strict=False))
+            row = [found.get(name) for name in columns]
+            rows.append([v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in row])
             lines.append(line + first)
         except UnicodeDecodeError as error:
-            byte = record[error.start]
-            where = f"byte 0x{byte:02X} at place {error.start + 1} is not UTF-8; try --encoding latin-1"
-            bad.append((line + first, where))
+            byte = f"byte 0x{error.object[error.start]:02X} at place {error.start + 1} is no UTF-8"
+            bad.append((line + first, f"{byte}; try --encoding latin-1"))
         except (ValueError, csv.Error) as error:
-            bad.append((line + first, str(error)))
-    return pl.DataFrame(rows, schema={name: pl.String for name in columns}, orient="row"), lines, bad
+            bad.append((line + first, "a quote is not closed" if "end of data" in str(error) else str(error)))
+    return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row"), lines, bad
 
 
-def _chain(frame: pl.DataFrame, offset: int) -> pl.DataFrame:
-    """Lists of items in order, one row per item; the running number is the time."""
-    frame = frame.filter(pl.col("history").list.len() > 0).explode("history").rename({"history": "item"})
-    return frame.with_columns(time=pl.int_range(offset, offset + pl.len()).cast(pl.Float64))
+def _raw_frames(layout: Layout, roles: Iterable[str], bad: Bad) -> Iterator[tuple[pl.DataFrame, Any, Any]]:
+    """(frame of the roles as they stand in the file, line of each row, function that finds the lines exactly)."""
+    columns = {role: column for role, column in layout.columns.items() if role in roles}
+    names, renamed = list(columns.values()), {column: role for role, column in columns.items()}
+    if layout.kind == "parquet":
+        row = 1
+        for batch in pl.scan_parquet(layout.path).select(**columns).collect_batches(maintain_order=True):
+            yield batch, range(row, row + len(batch)), None
+            row += len(batch)
+        return
+    for line, data in _blocks(layout):
+        if layout.kind == "sequence":
+            tokens = pl.DataFrame({"t": data.decode(errors="replace").split("\n")})
+            tokens = tokens.select(pl.col("t").str.extract_all(r"\S+")).filter(pl.col("t").list.len() > 0)
+            yield tokens.select(user=pl.col("t").list.first(), history=pl.col("t").list.slice(1)), None, None
+            continue
+
+        def walk(data: bytes = data, line: int = line) -> tuple[pl.DataFrame, list[int]]:
+            frame, lines, found = _walk(data, layout, names, line)
+            bad.add(layout.path, found)
+            return frame.rename(renamed), lines
+
+        try:
+            yield _parse(data, layout, names).rename(renamed), None, walk
+        except pl.exceptions.PolarsError:
+            yield *walk(), None
 
 
-def frames(layout: Layout, bad: Bad, time_unit: str = "auto", text: bool = False) -> Iterator[pl.DataFrame]:
-    """Frames with user, item (text), rating, time (float64, all null where the file has none) and, if asked, text."""
-    columns = {r: c for r, c in layout.columns.items() if r in LOG_ROLES and (text or r != "text")}
+def frames(
+    layout: Layout, bad: Bad, roles: Iterable[str] = ("user", "item", "rating", "time")
+) -> Iterator[pl.DataFrame]:
+    """Checked rows of a log: user, item (and text) as text, ids trimmed; rating and time float64, null if it has none.
+
+    A time stays in the file's unit (dates become seconds); in a sequence it is a running number.
+    Raises UserError naming the lines that cannot be read, unless `bad` skips them.
+    """
     n_rows = 0
-    guess = time_unit == "auto"
-    unit = None if guess else time_unit
-    for line, data in _parquet(layout, columns) if layout.kind == "parquet" else _blocks(layout):
-        lines: list[int] = []
-        if isinstance(data, pl.DataFrame):
-            frame = data
-        elif layout.kind == "sequence":
-            tokens = pl.DataFrame({"t": data.decode(errors="replace").split("\n")}).select(
-                pl.col("t").str.extract_all(r"[^\s\x00]+")
-            )
-            frame = tokens.select(user=pl.col("t").list.first(), history=pl.col("t").list.slice(1))
-        else:
-            names = list(columns.values())
-            try:
-                frame = _parse(data, layout, names)
-            except pl.exceptions.PolarsError:
-                frame, lines, found = _walk(data, layout, names, line)
-                bad.add(layout.path, found)
-            frame = frame.rename({c: r for r, c in columns.items()})
-        if "history" in columns:
+    for frame, lines, walk in _raw_frames(layout, {*roles, "history"}, bad):
+        if "history" in frame.columns:
+            history = pl.col("history")
             if "item" in frame.columns:  # RecBole: the list, then the target
-                both = pl.concat_str("history", "item", separator=" ", ignore_nulls=True)
-                frame = frame.with_columns(history=both.str.extract_all(r"\S+")).drop("item")
-            frame = _chain(frame, n_rows)
-        frame = frame.filter(~pl.all_horizontal(pl.all().is_null())) if not lines else frame
-        checked, unit = _check(frame, unit, guess)
+                history = pl.concat_str("history", "item", separator=" ", ignore_nulls=True).str.extract_all(r"\S+")
+            frame = frame.select("user", item=history).filter(pl.col("item").list.len() > 0).explode("item")
+            if layout.unit:
+                frame = frame.with_columns(time=pl.int_range(n_rows, n_rows + pl.len()).cast(pl.Float64))
+        checked = _check(frame, layout)
         if checked["why"].null_count() < len(checked):
-            if not lines and isinstance(data, bytes):
-                frame, lines, found = _walk(data, layout, names, line)
-                bad.add(layout.path, found)
-                checked, unit = _check(frame.rename({c: r for r, c in columns.items()}), unit, guess)
-            numbers = lines or range(line, line + len(checked))
-            whys = checked["why"].to_list()
-            bad.add(layout.path, [(n, why) for n, why in zip(numbers, whys, strict=True) if why])
+            if walk:
+                frame, lines = walk()
+                checked = _check(frame, layout)
+            lines = lines or range(n_rows + 1, n_rows + len(checked) + 1)
+            wrong = checked.with_columns(line=pl.Series(list(lines), dtype=pl.Int64)).drop_nulls("why")
+            bad.add(layout.path, list(wrong.select("line", "why").iter_rows()))
             checked = checked.filter(pl.col("why").is_null())
         n_rows += len(checked)
         yield checked.drop("why")
 
 
-def item_frames(layout: Layout, bad: Bad) -> Iterator[pl.DataFrame]:
-    """Frames with item, title, brand, categories, description as text, those of them that the file has."""
-    columns = {r: c for r, c in layout.columns.items() if r in ITEM_ROLES}
-    names = list(columns.values())
-    for line, data in _parquet(layout, columns) if layout.kind == "parquet" else _blocks(layout):
-        if isinstance(data, pl.DataFrame):
-            yield data.cast(pl.String)
-            continue
-        try:
-            frame = _parse(data, layout, names)
-        except pl.exceptions.PolarsError:
-            frame, _, found = _walk(data, layout, names, line)
-            bad.add(layout.path, found)
-        yield frame.rename({c: r for r, c in columns.items()}).with_columns(pl.col("item").str.strip_chars())
-
-
-def locate(path: Path) -> tuple[Path, Path | None]:
-    """The log and the item file of a folder whose file names are those of a known data set; a file is itself."""
-    if not path.is_dir():
-        return path, None
-    pairs = (("*.inter", "*.item"), ("u.data", "u.item"), ("ratings.dat", "movies.dat"), ("ratings.csv", "movies.csv"))
-    for log, items in pairs:
-        if found := sorted(path.glob(log)):
-            return found[0], next(iter(sorted(path.glob(items))), None)
-    return path, None
-
-
-def _parquet(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, pl.DataFrame]]:
-    row = 1
-    for batch in pl.scan_parquet(layout.path).select(**columns).collect_batches(maintain_order=True):
-        yield row, batch
-        row += len(batch)
-
-
-def unit_of(time: pl.Expr) -> pl.Expr:
-    """Guess the unit of a time by its size: seconds reach 1e11 in the year 5138, milliseconds do in 1973."""
-    size = time.abs()
-    return (
-        pl.when(size < 1e8).then(pl.lit("order")).when(size < 1e11).then(pl.lit("s"))
-        .when(size < 1e14).then(pl.lit("ms")).when(size < 1e17).then(pl.lit("us")).otherwise(pl.lit("ns"))
-    )  # fmt: skip
-
-
-def _check(frame: pl.DataFrame, unit: str | None, guess: bool) -> tuple[pl.DataFrame, str | None]:
-    """Ids trimmed, numbers and dates parsed, and a column `why` that says what is wrong with a row."""
-    raw = {role: pl.col(role).cast(pl.String) for role in frame.columns}
-    whys = []
-    frame = frame.with_columns(raw[role].str.strip_chars() for role in ("user", "item"))
+def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
+    """Ids trimmed, numbers and dates parsed, and a column `why`: what is wrong with the row, null if nothing is."""
+    whys: list[pl.Expr] = []
+    values: dict[str, pl.Expr] = {}
     for role in ("user", "item"):
-        whys.append(pl.when(pl.col(role).fill_null("") == "").then(pl.lit(f"no {role}")))
-    parsed: dict[str, pl.Expr] = {name: pl.lit(None, pl.Float64) for name in ("rating", "time")}
-    if "rating" in frame.columns:
-        parsed["rating"] = pl.col("rating").cast(pl.Float64, strict=False)
-        whys.append(_not_a("rating", parsed["rating"]))
-    if "time" in frame.columns:
-        kind = frame["time"].dtype
-        time = pl.col("time").cast(pl.Float64, strict=False)
-        if kind.is_temporal():
-            time = pl.col("time").cast(pl.Datetime("us")).dt.timestamp("us") / 1e6
-        elif kind == pl.String and frame.select(time.is_null().any()).item():
-            tried = [pl.col("time").str.strip_chars().str.to_datetime(f, strict=False) for f in DATES]
-            dates = pl.coalesce(tried).dt.timestamp("us") / 1e6
-            time = pl.coalesce(time, dates)
-        parsed["time"] = time
-        whys.append(_not_a("time", time))
-        frame = frame.with_columns(__time=time)
-        if unit is None:
-            first = frame.filter(pl.col("__time").is_not_null()).head(1)
-            unit = first.select(unit_of(pl.col("__time"))).item() if len(first) else None
-        if guess:
-            mixed = unit_of(time) != pl.lit(unit)
-            note = pl.format(
-                "time {} is in {} where the first row's is in {}", raw["time"], unit_of(time), pl.lit(unit)
-            )
-            whys.append(pl.when(mixed).then(note))
-    keep = [c for c in ("user", "item", "text") if c in frame.columns]
-    return frame.select(*keep, **parsed, why=pl.coalesce(whys)), unit
+        values[role] = pl.col(role).cast(pl.String).str.strip_chars()
+        whys.append(pl.when(values[role].fill_null("") == "").then(pl.lit(f"no {role}")))
+    for role in ("rating", "time"):
+        if role not in frame.columns:
+            values[role] = pl.lit(None, pl.Float64)
+            continue
+        raw, value = pl.col(role).cast(pl.String), pl.col(role).cast(pl.Float64, strict=False)
+        if role == "time" and frame["time"].dtype.is_temporal():
+            value = pl.col("time").cast(pl.Datetime("us")).dt.timestamp("us") / 1e6
+        elif role == "time" and layout.unit == "date":
+            value = _date(raw)
+        wanted = "date" if role == "time" and layout.unit == "date" else "number"
+        fault = pl.format(f"{role} '{{}}' is no {wanted}", raw)
+        whys.append(pl.when(raw.fill_null("").str.strip_chars() == "").then(pl.lit(f"no {role}")))
+        whys.append(pl.when(~value.is_finite().fill_null(False)).then(fault))
+        if role == "time" and layout.guessed and layout.unit in UNITS:
+            low, high = UNITS[layout.unit]
+            fault = pl.format(f"time {{}} cannot be {layout.unit} as the first is; mend it or name --time-unit", raw)
+            whys.append(pl.when(~value.abs().is_between(low, high, "left")).then(fault))
+        values[role] = value
+    return frame.select(
+        **values, **({"text": pl.col("text")} if "text" in frame.columns else {}), why=pl.coalesce(whys)
+    )
 
 
-def _not_a(role: str, value: pl.Expr) -> pl.Expr:
-    raw = pl.col(role).cast(pl.String)
-    blank = raw.fill_null("").str.strip_chars() == ""
-    return (
-        pl.when(blank).then(pl.lit(f"no {role}"))
-        .when(~value.is_finite().fill_null(False)).then(pl.format(role + " '{}' is no number", raw))
-    )  # fmt: skip
+def item_frames(layout: Layout, bad: Bad) -> Iterator[pl.DataFrame]:
+    """Rows of an item file: the columns of ITEM_ROLES it has, as text; lists stand as JSON. `item` is trimmed."""
+    for frame, _, _ in _raw_frames(layout, ITEM_ROLES, bad):
+        lists = [name for name, kind in frame.schema.items() if kind == pl.List(pl.String)]
+        frame = frame.with_columns(pl.col(name).list.join(", ") for name in lists).cast(pl.String)
+        yield frame.with_columns(pl.col("item").str.strip_chars())
+
+
+def has_titles(layout: Layout) -> bool:
+    """Whether a log carries item titles itself (`title` alone may be a review's)."""
+    return "itemtitle" in (re.sub(r"[\W_]", "", name.lower()) for name in layout.names)

@@ -1,7 +1,7 @@
 """Stage 1: turn a raw interaction log into clean, k-cored, split and numbered data with texts and profiles.
 
-Paper: data sets and settings; item and user profiles. Reads the raw files. Writes prep/: users.jsonl, items.jsonl,
-train|valid|test CSR, train.order.npy.
+Paper: data sets, item and user profiles. Reads the raw files (stages/DATA.md). Writes prep/: users.jsonl, items.jsonl,
+train|valid|test as CSR, train.order.npy; reviews.jsonl and skipped.jsonl if asked for.
 
     python stages/01_prep.py --preset toy     # about 1 s on a CPU
 """
@@ -17,91 +17,142 @@ from hnlm_ref.knobs import knob, stage_command
 
 @dataclass(frozen=True)
 class PrepConfig:
-    """Knobs of stage 1."""
+    """Knobs of stage 1. The defaults filter nothing; the presets hold the paper's settings."""
 
     # data
     interactions: str = knob("toy", "the log: a file, a folder of a known data set, package:NAME/path, or toy")
-    items: str | None = knob(None, "file of item texts; a folder or log that holds them needs none")
-    format: str = knob("auto", "format of the log, by name (see stages/DATA.md), or auto")
-    sep: str | None = knob(None, "separator of the log; found by looking unless given")
-    header: bool | None = knob(None, "whether the log's first line names the columns; found by looking unless given")
-    columns: tuple[str, ...] = knob((), "role=column pairs of the log: user, item, rating, time, text, title")
-    item_columns: tuple[str, ...] = knob((), "role=column pairs of the item file: item, title, brand, categories, ...")
-    encoding: str | None = knob(None, "encoding of the files, e.g. latin-1; UTF-8 unless the format says otherwise")
-    time_unit: str = knob("auto", "unit of the times", ("auto", "s", "ms", "us", "ns", "order"))
-    skip_bad_rows: bool = knob(False, "leave out and count rows that cannot be read, instead of stopping")
+    items: str | None = knob(None, "file of item texts, if it is not found beside the log")
+    valid_file: str | None = knob(None, "validation part of a ready split")
+    test_file: str | None = knob(None, "test part of a ready split; the log is then its training part")
+    format: str = knob("auto", "format of the log, see stages/DATA.md; auto looks at the file")
+    sep: str | None = knob(None, "separator of the log  [found by looking]")
+    header: bool | None = knob(None, "whether the first line names the columns  [found by looking]")
+    encoding: str | None = knob(None, "encoding of log and items, e.g. latin-1  [UTF-8]")
+    columns: tuple[str, ...] = knob((), "role=column of the log; roles: user, item, rating, time, text")
+    item_columns: tuple[str, ...] = knob((), "role=column of the items: item, title, brand, categories, description")
+    time_unit: str = knob("auto", "unit of the times", ("auto", "s", "ms", "us", "ns", "date", "order"))
+    skip_bad_rows: bool = knob(False, "leave out, count and list rows that cannot be read, instead of stopping")
     # filters
-    min_rating: float | None = knob(None, "rows below this rating are no interaction")
-    date_from: str | None = knob(None, "first moment of the window (UTC, included), e.g. 2015-01-01")
-    date_to: str | None = knob(None, "end of the window (UTC, excluded)")
-    duplicates: str = knob("first", "which row of a repeated pair stays, by time", ("first", "last"))
-    k_core: int = knob(1, "users and items with fewer interactions are dropped until none is left to drop", low=1)
+    min_rating: float | None = knob(None, "rows rated lower are no interaction")
+    date_from: str | None = knob(None, "start of the window, included: a date (UTC) or a number in the log's unit")
+    date_to: str | None = knob(None, "end of the window, excluded")
+    duplicates: str = knob("first", "which row of a repeated pair stays, in time", ("first", "last"))
+    k_core: int = knob(1, "users and items with fewer pairs are dropped, again and again until none is left", low=1)
     # split
-    split: str = knob("ratio", "how the rows are parted", ("ratio",))
-    valid_ratio: float = knob(0.1, "share of the rows for validation", low=0, high=1)
-    test_ratio: float = knob(0.2, "share of the rows for the test", low=0, high=1)
-    # text
+    split: str = knob("ratio", "how pairs are parted", ("ratio", "ratio-global", "leave-one", "leave-two", "time"))
+    valid_ratio: float = knob(0.1, "share of the pairs for validation", low=0, high=1)
+    test_ratio: float = knob(0.2, "share of the pairs for the test", low=0, high=1)
+    valid_from: str | None = knob(None, "split time: validation starts here, as in date_from")
+    test_from: str | None = knob(None, "split time: the test starts here")
+    # texts
     profiles: str = knob("template", "who writes the profiles", ("template",))
     profile_titles: int = knob(10, "titles of the newest training items in a user's profile", low=1)
+    text_chars: int = knob(2000, "characters kept of an item's text", low=0)
+    review_chars: int = knob(0, "characters kept of each training review; 0 writes none", low=0)
+    published: tuple[int, ...] = knob((), "users, items, pairs in the paper, printed beside ours")
 
 
 def main(cfg: PrepConfig, run: Run) -> dict:
     from hnlm_ref import data, readers
 
     # Find the files and what they are.
-    if cfg.interactions == "toy":
-        log_path, items_path = data.make_toy_log(run.out, run.seed)
+    log_path, items_path, valid_path, test_path = (
+        [*data.make_toy_log(run.out, run.seed), None, None]
+        if cfg.interactions == "toy"
+        else readers.locate(resolve_path(cfg.interactions))
+    )
+    items_path, valid_path, test_path = (
+        resolve_path(given) if given else found
+        for given, found in ((cfg.items, items_path), (cfg.valid_file, valid_path), (cfg.test_file, test_path))
+    )
+    how = (cfg.format, cfg.sep, cfg.header, cfg.encoding, cfg.columns, cfg.time_unit)
+    layouts = [readers.sniff(path, *how) if path else None for path in (log_path, valid_path, test_path)]
+    for layout in filter(None, layouts):
+        say(f"[prep] {layout.path}: {layout}")
+    bad, counts = readers.Bad(cfg.skip_bad_rows), {}
+    logs = iter(data.read_logs([layout for layout in layouts if layout], bad))
+    parts = [next(logs) if layout else None for layout in layouts]
+    log = parts[0]
+    counts |= {"format": str(layouts[0]), "rows": sum(map(len, filter(None, parts))), "bad rows skipped": len(bad.rows)}
+
+    if test_path:  # A ready split is taken as it is.
+        log, part = data.ready_split(parts, counts)
     else:
-        log_path, items_path = readers.locate(resolve_path(cfg.interactions))
-    if cfg.items:
-        items_path = resolve_path(cfg.items)
-    layout = readers.sniff(log_path, cfg.format, cfg.sep, cfg.header, cfg.encoding, cfg.columns)
-    say(f"[prep] {log_path}: {layout}")
+        # Filter, keep each pair once, and core to the fixed point.
+        log = data.clean(log, cfg.min_rating, cfg.date_from, cfg.date_to, counts)
+        pairs = data.deduplicate(log, cfg.duplicates, counts)
+        counts["k-core passes"] = []
+        log = data.renumber(data.k_core(pairs, cfg.k_core, counts["k-core passes"]))
+        if not len(log):
+            raise UserError(
+                f"{log_path}: the {cfg.k_core}-core is empty ({len(pairs):,} rows, largest k with data left: "
+                f"{data.largest_k(pairs)}); lower --k-core or widen the filters ({counts})"
+            )
 
-    # Read, filter, keep each pair once, and core to the fixed point.
-    bad = readers.Bad(cfg.skip_bad_rows)
-    (log,) = data.read_log([layout], bad, cfg.time_unit)
-    counts: dict = {"format": str(layout), "time unit": log.unit, "rows": len(log), "bad rows skipped": len(bad.rows)}
-    if cfg.min_rating is not None and log.rating is not None:
-        log = data.count(counts, "below min_rating", log, log.rating >= cfg.min_rating)
-    log = data.window(counts, log, cfg.date_from, cfg.date_to)
-    n_rows = len(log)
-    log = data.deduplicate(log, cfg.duplicates)
-    counts["repeated pairs"] = n_rows - len(log)
-    rows, counts["k-core passes"] = data.k_core(log.user, log.item, cfg.k_core)
-    if not len(rows):
-        k = data.largest_k(log.user, log.item) if len(log) else 0
-        raise UserError(f"the {cfg.k_core}-core is empty ({len(log)} rows, largest k with data left: {k})")
-    log = data.renumber(log.take(rows))
+        def split(log: data.Log) -> np.ndarray:
+            ratios, cuts = (cfg.valid_ratio, cfg.test_ratio), (cfg.valid_from, cfg.test_from)
+            return data.split(log, cfg.split, *ratios, np.random.default_rng(run.seed), *cuts)
 
-    # Part the rows; nobody is tested without a training row.
-    rng = np.random.default_rng(run.seed)
-    part = data.split(log, cfg.split, cfg.valid_ratio, cfg.test_ratio, rng)
-    shape = (len(log.users), len(log.items))
-    for number, name in enumerate(data.PARTS):
-        mine = part == number
-        save_csr(run.out, name, Csr.from_pairs(log.user[mine], log.item[mine], *shape))
-        counts[name] = int(mine.sum())
+        # Part the pairs. Choice: a random or last row of a known user may be of an unseen item; a later row may not.
+        part = split(log)
+        if cfg.split in ("ratio-global", "time"):
+            log, part = data.drop_unseen(log, part, counts)
+        if cfg.published:
+            compare(data.published_readings(pairs, cfg.k_core, split), cfg.published)
+    log = data.renumber(log)
+    counts |= {name: int((part == number).sum()) for number, name in enumerate(data.PARTS)}
+    if not counts["train"] or (not counts["test"] and (test_path or cfg.split in ("ratio-global", "time"))):
+        raise UserError(f"{log_path}: nothing is left to train on or to test ({counts}); choose another split")
+
+    # Texts and profiles; a user's profile sees training rows only (case A20).
+    if items_path is None and (cfg.item_columns or readers.has_titles(layouts[0])):
+        items_path = log_path
+    how = (None, None, cfg.encoding, cfg.item_columns, "auto", readers.ITEM_ROLES)
+    layout = readers.sniff(items_path, "auto", *how) if items_path else None
+    items = data.read_items(layout, log.items, cfg.text_chars, bad, counts)
     train = log.take(part == 0)
-    order = data.oldest_first(train)
-    save_npy(run.out / "train.order.npy", order)
-    counts |= {"users": shape[0], "items": shape[1], "pairs": len(log)}
+    users = data.read_users(train, [item["title"] for item in items], cfg.profile_titles)
 
-    # Texts and profiles; users' profiles see training rows only (case A20).
-    texts = data.read_items(items_path, cfg, log.items, counts)
-    save_jsonl(run.out / "items.jsonl", texts)
-    newest = train.item[order[::-1]], train.user[order[::-1]]
-    profiles = data.user_profiles(*newest, [t["title"] for t in texts], shape[0], cfg.profile_titles)
-    rows_ = ({"user": n, "key": key, "profile": p} for n, (key, p) in enumerate(zip(log.users, profiles, strict=True)))
-    save_jsonl(run.out / "users.jsonl", rows_)
-    say(f"[prep] {shape[0]:,} users, {shape[1]:,} items, {len(log):,} pairs: {counts}")
+    # Save.
+    save_jsonl(run.out / "users.jsonl", users)
+    save_jsonl(run.out / "items.jsonl", items)
+    for number, name in enumerate(data.PARTS):
+        rows = part == number
+        save_csr(run.out, name, Csr.from_pairs(log.user[rows], log.item[rows], len(users), len(items)))
+    save_npy(run.out / "train.order.npy", data.oldest_first(train))
+    if cfg.review_chars and "text" in layouts[0].columns:
+        save_jsonl(run.out / "reviews.jsonl", data.read_reviews(layouts[0], train, cfg.review_chars))
+    if bad.rows:
+        save_jsonl(run.out / "skipped.jsonl", bad.rows)
+    counts |= {"users": len(users), "items": len(items), "pairs": len(log)}
+    say(
+        "\n".join(
+            f"[prep]   {name}: {value:,}" if isinstance(value, int) else f"[prep]   {name}: {value}"
+            for name, value in counts.items()
+        )
+    )
     return {"counts": counts}
 
 
-def files(cfg: PrepConfig) -> list[str]:
-    return [name for name in (cfg.interactions, cfg.items) if name and name != "toy"]
+def compare(readings: dict[str, tuple[int, int, int]], published: tuple[int, ...]) -> None:
+    """Print the paper's sizes beside ours under every reading of it, and name the nearest (cases G05, X44)."""
+    distance = {
+        name: sum(abs(np.log(o / p)) for o, p in zip(ours, published, strict=True)) for name, ours in readings.items()
+    }
+    say("[prep] sizes (users, items, pairs); published: {:,} {:,} {:,}".format(*published))
+    for name, ours in readings.items():
+        gaps = " ".join(f"{o:>11,} ({o / p - 1:+.1%})" for o, p in zip(ours, published, strict=True))
+        say(f"[prep]   {name:50}{gaps}")
+    say(f"[prep] nearest: {min(distance, key=lambda name: distance[name])}")
 
 
-command = stage_command("prep", PrepConfig, main, files=files)
+command = stage_command(
+    "prep",
+    PrepConfig,
+    main,
+    files=lambda cfg: [
+        p for p in (cfg.interactions, cfg.items, cfg.valid_file, cfg.test_file) if p not in (None, "toy")
+    ],
+)
 if __name__ == "__main__":
     command()
