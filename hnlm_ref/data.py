@@ -355,7 +355,7 @@ def read_reviews(layout: Layout, train: Log, max_chars: int) -> list[dict]:
     on = ["user", "item"] + ["time"] * (train.time is not None)
     found = [
         frame.join(pairs.select(*on, "u", "i"), on=on).select("u", "i", pl.col("text").str.slice(0, max_chars))
-        for frame in frames(layout, Bad(skip=True), ("user", "item", "time", "text"))
+        for frame in frames(layout, Bad(skip=True), text=True)
     ]
     table = pl.concat(found).drop_nulls().sort("u", "i", "text").unique(["u", "i"], keep="first", maintain_order=True)
     return [{"user": u, "item": i, "text": text} for u, i, text in table.iter_rows()]

@@ -7,6 +7,7 @@ wrong is walked through record by record, to name the lines.
 
 import ast
 import codecs
+import contextlib
 import csv
 import gzip
 import itertools
@@ -14,7 +15,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from hnlm_ref.knobs import unknown
 
 BLOCK = 1 << 25  # bytes read at once
 HEAD = 1 << 18  # bytes looked at to find out what a file is
-LOG_ROLES = ("user", "item", "history", "rating", "time", "text")
+LOG_ROLES = ("user", "item", "history", "rating", "time", "text")  # history: several items in one field, oldest first
 ITEM_ROLES = ("item", "title", "brand", "categories", "description", "features")
 
 # What columns are called, by role, in order of preference; compared in lower case without marks (userId = user_id).
@@ -48,7 +49,7 @@ ALIASES = {
 class Format(NamedTuple):
     """A format by name: `columns` prove it in a file with a header, and are the roles in order in one without."""
 
-    kind: str  # json (one object a line), delimited, sequence (user item item ...), parquet
+    kind: str  # json (one object a line), delimited, parquet
     sep: str = ""
     header: bool = True
     columns: tuple[str, ...] = ()
@@ -66,14 +67,14 @@ FORMATS = {
         "delimited", ",", columns=("userId", "movieId", "rating", "timestamp")
     ),  # latest, 20m and later
     "selfrec": Format("delimited", " ", False, ("user", "item", "rating")),
-    "sequence": Format("sequence", " ", False),  # LightGCN, S3-Rec
+    "sequence": Format("delimited", "\n", False, ("line",)),  # user item item ...: LightGCN, S3-Rec
     "recbole": Format("delimited", "\t"),  # typed header, user_id:token
     "json": Format("json"),
     "csv": Format("delimited", ","),
     "tsv": Format("delimited", "\t"),
     "parquet": Format("parquet"),
 }
-NO_HEADER = ("user", "item", "rating", "time")
+NO_HEADER = ("user", "item", "rating", "time")  # roles of columns without names, in a file of no format above
 
 # Files of the folders that data sets come in: log, item texts, validation and test part of a ready split.
 FOLDERS = (
@@ -111,7 +112,7 @@ class Layout:
     guessed: bool = True  # whether the unit was; then every time is held against it
 
     def __str__(self) -> str:
-        sep = {"\t": "tab", " ": "blanks"}.get(self.sep, repr(self.sep))
+        sep = {"\t": "tab", " ": "blanks", "\n": "blanks"}.get(self.sep, repr(self.sep))
         parts = [self.format, "gzip" * self.gzipped, f"separator {sep}" if self.sep else "", self.encoding]
         parts += [f"time in {self.unit}" if self.unit else "", " ".join(f"{r}={c}" for r, c in self.columns.items())]
         return ", ".join(p for p in parts if p)
@@ -123,6 +124,7 @@ class Bad:
 
     skip: bool = False
     rows: list[dict] = field(default_factory=list)  # file, line, what is wrong
+    n_trimmed: int = 0  # rows whose id had blanks around it
 
     def add(self, path: Path, found: list[tuple[int, str]]) -> None:
         self.rows += [{"file": path.name, "line": line, "why": why} for line, why in found]
@@ -180,109 +182,97 @@ def sniff(
     """
     if name not in ("auto", *FORMATS):
         raise UserError(f"no format {name!r}; {unknown(name, ('auto', *FORMATS))}")
-    wanted = FORMATS.get(name)
+    kind, wanted_sep, wanted_header, _ = FORMATS.get(name, (None, None, None, None))
     file, gzipped = _open(path)
     with file:
         head = _read(file, path, HEAD)
+        while b"\n" not in head and (more := _read(file, path, HEAD)):
+            head += more
     if not head.strip():
         raise UserError(f"{path} is empty")
+    guessed = time_unit == "auto"
     if head.startswith(b"PAR1"):
         first = pl.scan_parquet(path).head(1000).collect()
         found = _roles(tuple(first.columns), columns, roles, path)
-        values = first[found["time"]] if "time" in found else pl.Series(dtype=pl.Float64)
-        samples = ["2000-01-01"] if values.dtype.is_temporal() else values.drop_nulls().cast(pl.String).to_list()
-        return Layout(path, "parquet", "parquet", found, unit=_unit(samples, time_unit), guessed=time_unit == "auto")
+        times = first[found["time"]].drop_nulls() if "time" in found else pl.Series([], dtype=pl.String)
+        unit = "date" if times.dtype.is_temporal() else _unit(times.cast(pl.String).to_list(), time_unit)
+        return Layout(path, "parquet", "parquet", found, unit=unit, guessed=guessed)
     if encoding is None:
         encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
     try:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
     except LookupError as error:
         raise UserError(f"--encoding {encoding}: {error}") from error
-    lines = [line for line in text.splitlines()[: -1 if len(head) == HEAD else None] if line.strip()] or [text]
-    if text.startswith("["):
-        raise UserError(f"{path} is one JSON list; write one object a line, as `jq -c '.[]'` does")
-    kind = wanted.kind if wanted else "json" if text.startswith("{") and not sep else "delimited"
+    lines = [line for line in text.split("\n")[: -1 if len(head) >= HEAD else None] if line.strip()] or [text]
+    if text.startswith(("[", "{\n", "{\r")):
+        raise UserError(f"{path} is one JSON value; write one object a line, as `jq -c '.[]'` does for a list")
+    kind = kind or ("json" if text.startswith("{") and not sep else "delimited")
+    names: tuple[str, ...]
     if kind == "json":
-        try:
-            records = [_record(line) for line in lines[:200]]
-        except ValueError as error:
-            records = [{}]
-            if len(lines) == 1 or lines[0].strip() == "{":
-                raise UserError(f"{path}: line 1: {error}; one JSON object a line is wanted") from error
-        names: tuple[str, ...] = tuple(dict.fromkeys(key for record in records for key in record))
-        header = True
+        records = [record for line in lines[:200] if (record := _record(line)) is not None]
+        names, header, sep = tuple(dict.fromkeys(key for record in records for key in record)), True, ""
     else:
-        sep = sep.replace("\\t", "\t") if sep else wanted.sep if wanted and wanted.sep else _separator(lines)
-        fields = list(itertools.islice(_fields(lines, sep, '"'), 1000))
-        widths = {len(row) for row in fields}
-        if header is None:
+        sep = sep.replace("\\t", "\t") if sep else wanted_sep or _separator(lines)
+        fields = list(itertools.islice(_fields(lines, sep), 1000))
+        if header is None:  # names are no numbers; a file cut by blanks has a header only if it names the user
             known = roles[0] in _aliases(fields[0], roles)
-            header = wanted.header if wanted else known or not any(_is_number(f) for row in fields[:1] for f in row)
-            header = header and not (kind == "sequence" or (sep == " " and not known))
-        if kind == "delimited" and not wanted and sep == " " and not header and len(widths) > 1:
-            kind = "sequence"
-        names = tuple(f.strip() for f in fields[0]) if header else tuple(str(n + 1) for n in range(max(widths)))
+            plain = sep not in (" ", "\n") and not any(map(_is_number, fields[0]))
+            header = (known or plain) if wanted_header is None else wanted_header
+        n_fields = max(map(len, fields))
+        names = tuple(f.strip() for f in fields[0]) if header else tuple(str(n + 1) for n in range(n_fields))
         records = [dict(zip(names, row, strict=False)) for row in fields[int(header) :]]
-    if kind == "sequence":
-        chains = [row[1:] for row in fields]
-        ordered = time_unit == "order" or any(row != sorted(row) and row != sorted(row, key=_as_int) for row in chains)
-        found, unit = {"user": "first", "history": "rest"}, "order" if ordered else None
-        return Layout(path, "sequence", kind, found, " ", None, False, (), encoding, gzipped, unit)
     if twice := [n for n in names if names.count(n) > 1]:
         raise UserError(f"{path}: line 1: the header names column {twice[0]!r} twice; rename one")
-    format = name if wanted else _recognise(kind, sep or "", header, names, lines[0])
+    format = name if name != "auto" else _recognise(kind, sep, header, names, lines[0])
     if not header and not columns:
         order = FORMATS[format].columns or NO_HEADER if roles is LOG_ROLES else ("item", "title", "categories")
         order = order[: 2 if sep == "|" else None]  # MovieLens u.item: number, title, dates
         columns = [f"{role}={n + 1}" for n, role in enumerate(order[: len(names)])]
-    found = _roles(names, columns, roles, path, kind == "delimited")
+    found = _roles(names, columns, roles, path)
     quoted = sep in (",", ";") or (sep == "\t" and re.search(r'(^|\t)"[^\t\n]*"(\t|\r?$)', text, re.M))
-    quote = '"' if kind == "delimited" and quoted and format != "recbole" else None
-    unit = "order" if "history" in found else None
-    if "time" in found:
-        unit = _unit([str(r.get(found["time"], "")) for r in records[:1000]], time_unit)
-    guessed = time_unit == "auto"
-    return Layout(path, format, kind, found, sep or "", quote, header, names, encoding, gzipped, unit, guessed)
+    unit = _unit([str(r.get(found["time"], "")) for r in records[:1000]], time_unit) if "time" in found else None
+    if "history" in found or "line" in found:  # lines that are all sorted by item tell no order in time
+        chains = [line.split()[1:] for line in lines]
+        unit = None if all(c in (sorted(c), sorted(c, key=_as_number)) for c in chains) and guessed else "order"
+    quote = '"' if quoted and format != "recbole" else None
+    return Layout(path, format, kind, found, sep, quote, header, names, encoding, gzipped, unit, guessed)
 
 
-def _record(line: str) -> dict:
-    """One line as a record: JSON, or the Python literal of Amazon's 2014 files. ValueError if it is neither."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        try:
-            record = ast.literal_eval(line)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise ValueError("it is no JSON object") from None
-    if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
-    return record
+def _record(line: str) -> dict | None:
+    """One line as a record: JSON, or the Python literal of Amazon's 2014 files; None if it is neither."""
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            record = parse(line)
+            return record if isinstance(record, dict) else None
+    return None
 
 
-def _fields(lines: Iterable[str], sep: str, quote: str | None) -> Iterator[list[str]]:
-    """Records of a delimited text; runs of blanks count as one (case A02). Raises csv.Error on bad quoting."""
-    if quote is None or sep in (" ", "::"):
-        return (line.rstrip("\r\n").split(None if sep == " " else sep) for line in lines)
-    return csv.reader(lines, delimiter=sep)
+def _fields(lines: Iterable[str], sep: str, strict: bool = False) -> Any:
+    """Records of a delimited text as lists; runs of blanks count as one (case A02). Raises csv.Error if strict."""
+    if sep in (" ", "::", "|", "\n"):
+        return (line.split(None if sep == " " else sep) for line in map(str.rstrip, lines))
+    return csv.reader(lines, delimiter=sep, strict=strict)
 
 
 def _separator(lines: list[str]) -> str:
-    """The separator that cuts most lines into the same number of fields, at least two; blanks if none does."""
+    """The separator that cuts most lines into the same number of fields, two at least; "\n" for a ragged sequence."""
 
     def agreement(sep: str) -> float:
-        n_fields, n_lines = Counter(map(len, _fields(lines[:100], sep, '"'))).most_common(1)[0]
-        return n_lines / len(lines[:100]) if n_fields > 1 else 0
+        n_fields, n_lines = Counter(map(len, _fields(lines[:1000], sep))).most_common(1)[0]
+        return n_lines / len(lines[:1000]) if n_fields > 1 else 0
 
     best = max(("\t", "::", ",", ";", "|"), key=agreement)
-    return best if agreement(best) > 0.5 else " " if len(lines[0].split()) > 1 else ","
+    if agreement(best) > 0.5:
+        return best
+    return " " if agreement(" ") == 1 else "\n" if len(lines[0].split()) > 1 else ","
 
 
 def _is_number(text: str) -> bool:
     return bool(re.fullmatch(r"\s*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?\s*", text))
 
 
-def _as_int(text: str) -> int:
-    return int(text) if text.isdecimal() else 0
+def _as_number(text: str) -> tuple[int, str]:
+    return (len(text), text) if text.isdecimal() else (0, text)
 
 
 def _aliases(names: Iterable[str], roles: tuple[str, ...]) -> dict[str, str]:
@@ -290,21 +280,21 @@ def _aliases(names: Iterable[str], roles: tuple[str, ...]) -> dict[str, str]:
     return {role: plain[a] for role in roles for a in reversed(ALIASES[role]) if a in plain}
 
 
-def _roles(
-    names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...], path: Path, cut: bool = False
-) -> dict:
+def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...], path: Path) -> dict[str, str]:
     """Role -> column: the usual names, unless `columns` says otherwise."""
     found = _aliases(names, roles)
     for pair in columns:
         role, _, column = pair.partition("=")
-        if role not in roles:
+        if role not in (*roles, "line"):
             raise UserError(f"columns {pair!r}: write role=column; {unknown(role, roles)}")
         if column and column not in names:
             raise UserError(f"{path} has no column {column!r} for {role}; it has {', '.join(names)[:300]}")
         found = {r: c for r, c in found.items() if r != role} | ({role: column} if column else {})
-    lacking = [role for role in ("user", "item") if role in roles and role not in found]
-    if lacking and not (lacking == ["item"] and "history" in found):
-        other = "--sep '\\t' or another --sep, " if cut and len(names) == 1 else ""
+    lacking = [
+        r for r in ("user", "item") if r in roles and not {r, "line", "history" if r == "item" else r} & set(found)
+    ]
+    if lacking:
+        other = "--sep '\\t' or another --sep, " if len(names) == 1 else ""
         raise UserError(
             f"{path}: no column for {' and '.join(lacking)} among the {len(names)} found ({', '.join(names)[:300]!r}); "
             f"try {other}--columns user=NAME,item=NAME or --header false"
@@ -334,7 +324,7 @@ def _unit(samples: list[str], time_unit: str) -> str | None:
             return next(unit for unit, (low, high) in UNITS.items() if low <= abs(float(text)) < high)
         if pl.select(_date(pl.lit(text))).item() is not None:
             return "date"
-    return "s" if samples else None
+    return None
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
@@ -378,146 +368,142 @@ def _parse(data: bytes, layout: Layout, columns: list[str]) -> pl.DataFrame:
     if b"\0" in data:
         raise pl.exceptions.ComputeError("NUL")
     sep = layout.sep
-    if sep in (" ", "::"):
-        wide = (b"\t".join(line.split()) for line in data.split(b"\n"))
-        data, sep = b"\n".join(wide) if sep == " " else data.replace(b"::", b"\t"), "\t"
-    schema = dict.fromkeys(layout.names, pl.String)
-    frame = pl.read_csv(data, separator=sep, quote_char=layout.quote, has_header=False, schema=schema)
+    if sep == " ":
+        data, sep = b"\n".join(b"\t".join(line.split()) for line in data.split(b"\n")), "\t"
+    elif sep == "::":
+        data, sep = data.replace(b"::", b"\t"), "\t"
+    options: dict[str, Any] = {"separator": "\0" if sep == "\n" else sep, "quote_char": layout.quote}
+    frame = pl.read_csv(data, has_header=False, schema=dict.fromkeys(layout.names, pl.String), **options)
     return frame.select(columns).filter(~pl.all_horizontal(pl.all().is_null()))  # blank lines
 
 
-def _walk(data: bytes, layout: Layout, columns: list[str], line: int) -> tuple[pl.DataFrame, list[int], list]:
-    """The same in Python, record by record: frame, line of each row, and (line, what is wrong) of the bad ones."""
-    raw, rows, lines, bad, at = data.split(b"\n"), [], [], [], 0
+def _walk(data: bytes, layout: Layout, columns: list[str], line: int, bad: Bad) -> tuple[pl.DataFrame, list[int]]:
+    """The same in Python, record by record: frame and line of each row. What is no record goes to `bad`."""
+    raw, at = data.split(b"\n"), 0
+    rows: list[list[str | None]] = []
+    lines: list[int] = []
+    wrong: list[tuple[int, str]] = []
     while at < len(raw):
         first, at = at, at + 1
-        if not raw[first].strip():
-            continue
+        texts = (part.decode() + "\n" for part in raw[first : first + 1000])  # Choice: no field has more lines
         try:
-            texts = (
-                part.decode() + "\n" for part in raw[first : first + 1000]
-            )  # Choice: a field has 1,000 lines at most
+            if not raw[first].strip():
+                continue
             if b"\0" in raw[first]:
                 raise ValueError("it holds a NUL byte")
             if layout.kind == "json":
                 found = _record(next(texts))
+                if found is None:
+                    raise ValueError("it is no JSON object")
             else:
-                if layout.quote:
-                    reader = csv.reader(texts, delimiter=layout.sep, strict=True)
-                    fields = next(reader)
-                    at = first + reader.line_num
-                else:
-                    fields = next(_fields(texts, layout.sep, None))
+                reader = (
+                    _fields(texts, layout.sep, strict=True)
+                    if layout.quote
+                    else (t.split(layout.sep) for t in map(str.rstrip, texts))
+                )
+                fields = next(reader)
+                at = first + getattr(reader, "line_num", 1)
                 if len(fields) > len(layout.names):
                     raise ValueError(f"{len(fields)} fields where {len(layout.names)} are named")
                 found = dict(zip(layout.names, fields, strict=False))
-            row = [found.get(name) for name in columns]
+            row = map(found.get, columns)
             rows.append([v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in row])
             lines.append(line + first)
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02X} at place {error.start + 1} is no UTF-8"
-            bad.append((line + first, f"{byte}; try --encoding latin-1"))
+            wrong.append((line + first, f"{byte}; try --encoding latin-1"))
         except (ValueError, csv.Error) as error:
-            bad.append((line + first, "a quote is not closed" if "end of data" in str(error) else str(error)))
-    return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row"), lines, bad
+            wrong.append((line + first, "a quote is not closed" if "end of data" in str(error) else str(error)))
+    bad.add(layout.path, wrong)
+    return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row"), lines
 
 
-def _raw_frames(layout: Layout, roles: Iterable[str], bad: Bad) -> Iterator[tuple[pl.DataFrame, Any, Any]]:
-    """(frame of the roles as they stand in the file, line of each row, function that finds the lines exactly)."""
+def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> Iterator[pl.DataFrame]:
+    """Frames of the roles, put through `check`, whose column `why` tells bad rows."""
     columns = {role: column for role, column in layout.columns.items() if role in roles}
-    names, renamed = list(columns.values()), {column: role for role, column in columns.items()}
+    row = 1
     if layout.kind == "parquet":
-        row = 1
-        for batch in pl.scan_parquet(layout.path).select(**columns).collect_batches(maintain_order=True):
-            yield batch, range(row, row + len(batch)), None
-            row += len(batch)
+        for frame in pl.scan_parquet(layout.path).select(**columns).collect_batches(maintain_order=True):
+            yield _good(check(frame), range(row, row + len(frame)), layout, bad)
+            row += len(frame)
         return
+    names, renamed = list(columns.values()), {column: role for role, column in columns.items()}
     for line, data in _blocks(layout):
-        if layout.kind == "sequence":
-            tokens = pl.DataFrame({"t": data.decode(errors="replace").split("\n")})
-            tokens = tokens.select(pl.col("t").str.extract_all(r"\S+")).filter(pl.col("t").list.len() > 0)
-            yield tokens.select(user=pl.col("t").list.first(), history=pl.col("t").list.slice(1)), None, None
-            continue
-
-        def walk(data: bytes = data, line: int = line) -> tuple[pl.DataFrame, list[int]]:
-            frame, lines, found = _walk(data, layout, names, line)
-            bad.add(layout.path, found)
-            return frame.rename(renamed), lines
-
+        lines: list[int] | None = None
         try:
-            yield _parse(data, layout, names).rename(renamed), None, walk
+            frame = check(_parse(data, layout, names).rename(renamed))
         except pl.exceptions.PolarsError:
-            yield *walk(), None
+            frame, lines = _walk(data, layout, names, line, bad)
+            frame = check(frame.rename(renamed))
+        if frame["why"].null_count() < len(frame) and lines is None:
+            frame, lines = _walk(data, layout, names, line, bad)
+            frame = check(frame.rename(renamed))
+        yield _good(frame, lines or (), layout, bad)
 
 
-def frames(
-    layout: Layout, bad: Bad, roles: Iterable[str] = ("user", "item", "rating", "time")
-) -> Iterator[pl.DataFrame]:
-    """Checked rows of a log: user, item (and text) as text, ids trimmed; rating and time float64, null if it has none.
+def _good(frame: pl.DataFrame, lines: Iterable[int], layout: Layout, bad: Bad) -> pl.DataFrame:
+    """The rows with nothing wrong; the others go to `bad`."""
+    if frame["why"].null_count() < len(frame):
+        bad.add(layout.path, [(n, why) for n, why in zip(lines, frame["why"], strict=True) if why])
+    return frame.filter(pl.col("why").is_null()).drop("why")
 
-    A time stays in the file's unit (dates become seconds); in a sequence it is a running number.
+
+def frames(layout: Layout, bad: Bad, text: bool = False) -> Iterator[pl.DataFrame]:
+    """Rows of a log: user, item as trimmed text; rating, time float64, null if it has none; text if asked for.
+
+    A time stays in the file's unit (dates become seconds); in a history it is a running number.
     Raises UserError naming the lines that cannot be read, unless `bad` skips them.
     """
     n_rows = 0
-    for frame, lines, walk in _raw_frames(layout, {*roles, "history"}, bad):
-        if "history" in frame.columns:
-            history = pl.col("history")
-            if "item" in frame.columns:  # RecBole: the list, then the target
-                history = pl.concat_str("history", "item", separator=" ", ignore_nulls=True).str.extract_all(r"\S+")
-            frame = frame.select("user", item=history).filter(pl.col("item").list.len() > 0).explode("item")
+    roles = {"line", *LOG_ROLES} - (set() if text else {"text"})
+    for frame in _tables(layout, roles, bad, lambda frame: _check(frame, layout)):
+        bad.n_trimmed += frame["trimmed"].sum()
+        frame = frame.drop("trimmed")
+        if {"history", "line"} & set(layout.columns):
+            frame = frame.with_columns(pl.col("item").str.extract_all(r"\S+")).explode("item").drop_nulls("item")
             if layout.unit:
                 frame = frame.with_columns(time=pl.int_range(n_rows, n_rows + pl.len()).cast(pl.Float64))
-        checked = _check(frame, layout)
-        if checked["why"].null_count() < len(checked):
-            if walk:
-                frame, lines = walk()
-                checked = _check(frame, layout)
-            lines = lines or range(n_rows + 1, n_rows + len(checked) + 1)
-            wrong = checked.with_columns(line=pl.Series(list(lines), dtype=pl.Int64)).drop_nulls("why")
-            bad.add(layout.path, list(wrong.select("line", "why").iter_rows()))
-            checked = checked.filter(pl.col("why").is_null())
-        n_rows += len(checked)
-        yield checked.drop("why")
+        n_rows += len(frame)
+        yield frame
 
 
 def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
-    """Ids trimmed, numbers and dates parsed, and a column `why`: what is wrong with the row, null if nothing is."""
-    whys: list[pl.Expr] = []
-    values: dict[str, pl.Expr] = {}
-    for role in ("user", "item"):
-        values[role] = pl.col(role).cast(pl.String).str.strip_chars()
-        whys.append(pl.when(values[role].fill_null("") == "").then(pl.lit(f"no {role}")))
-    for role in ("rating", "time"):
-        if role not in frame.columns:
-            values[role] = pl.lit(None, pl.Float64)
-            continue
-        raw, value = pl.col(role).cast(pl.String), pl.col(role).cast(pl.Float64, strict=False)
-        if role == "time" and frame["time"].dtype.is_temporal():
-            value = pl.col("time").cast(pl.Datetime("us")).dt.timestamp("us") / 1e6
-        elif role == "time" and layout.unit == "date":
-            value = _date(raw)
-        wanted = "date" if role == "time" and layout.unit == "date" else "number"
-        fault = pl.format(f"{role} '{{}}' is no {wanted}", raw)
+    """Ids trimmed, numbers and dates parsed; `trimmed`: an id had blanks; `why`: what is wrong with a row, or null."""
+    if "line" in frame.columns:  # user item item ...
+        line = pl.col("line")
+        frame = frame.select(user=line.str.extract(r"(\S+)"), item=line.str.replace(r"\S+", "").str.strip_chars())
+    elif "history" in frame.columns:  # RecBole: the list, then the target
+        item = pl.concat_str(*(c for c in ("history", "item") if c in frame.columns), separator=" ", ignore_nulls=True)
+        frame = frame.with_columns(item=item).drop("history")
+    whys: list[Any] = []
+    ids = {role: pl.col(role).cast(pl.String).str.strip_chars() for role in ("user", "item")}
+    for role, value in ids.items():
+        if role == "user" or not {"line", "history"} & set(layout.columns):
+            whys.append(pl.when(value.fill_null("") == "").then(pl.lit(f"no {role}")))
+    values: dict[str, pl.Expr] = dict.fromkeys(("rating", "time"), pl.lit(None, pl.Float64))
+    for role in {"rating", "time"} & set(frame.columns):
+        raw, value, wanted = pl.col(role).cast(pl.String), pl.col(role).cast(pl.Float64, strict=False), "number"
+        if role == "time" and layout.unit == "date":
+            temporal, wanted = frame["time"].dtype.is_temporal(), "date"
+            value = pl.col("time").cast(pl.Datetime("us")).dt.timestamp("us") / 1e6 if temporal else _date(raw)
         whys.append(pl.when(raw.fill_null("").str.strip_chars() == "").then(pl.lit(f"no {role}")))
-        whys.append(pl.when(~value.is_finite().fill_null(False)).then(fault))
+        whys.append(pl.when(~value.is_finite().fill_null(False)).then(pl.format(f"{role} '{{}}' is no {wanted}", raw)))
         if role == "time" and layout.guessed and layout.unit in UNITS:
             low, high = UNITS[layout.unit]
-            fault = pl.format(f"time {{}} cannot be {layout.unit} as the first is; mend it or name --time-unit", raw)
+            fault = pl.format(f"time {{}} cannot be in {layout.unit} as the first one is (or name --time-unit)", raw)
             whys.append(pl.when(~value.abs().is_between(low, high, "left")).then(fault))
         values[role] = value
-    return frame.select(
-        **values, **({"text": pl.col("text")} if "text" in frame.columns else {}), why=pl.coalesce(whys)
-    )
+    trimmed = pl.any_horizontal(value != pl.col(role).cast(pl.String) for role, value in ids.items())
+    texts = {"text": pl.col("text")} if "text" in frame.columns else {}
+    return frame.select(**ids, **values, **texts, trimmed=trimmed, why=pl.coalesce(whys))
 
 
 def item_frames(layout: Layout, bad: Bad) -> Iterator[pl.DataFrame]:
     """Rows of an item file: the columns of ITEM_ROLES it has, as text; lists stand as JSON. `item` is trimmed."""
-    for frame, _, _ in _raw_frames(layout, ITEM_ROLES, bad):
+
+    def check(frame: pl.DataFrame) -> pl.DataFrame:
         lists = [name for name, kind in frame.schema.items() if kind == pl.List(pl.String)]
         frame = frame.with_columns(pl.col(name).list.join(", ") for name in lists).cast(pl.String)
-        yield frame.with_columns(pl.col("item").str.strip_chars())
+        return frame.with_columns(pl.col("item").str.strip_chars(), why=pl.lit(None, pl.String))
 
-
-def has_titles(layout: Layout) -> bool:
-    """Whether a log carries item titles itself (`title` alone may be a review's)."""
-    return "itemtitle" in (re.sub(r"[\W_]", "", name.lower()) for name in layout.names)
+    return _tables(layout, ITEM_ROLES, bad, check)

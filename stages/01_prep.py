@@ -105,7 +105,7 @@ def main(cfg: PrepConfig, run: Run) -> dict:
         raise UserError(f"{log_path}: nothing is left to train on or to test ({counts}); choose another split")
 
     # Texts and profiles; a user's profile sees training rows only (case A20).
-    if items_path is None and (cfg.item_columns or readers.has_titles(layouts[0])):
+    if items_path is None and cfg.item_columns:
         items_path = log_path
     how = (None, None, cfg.encoding, cfg.item_columns, "auto", readers.ITEM_ROLES)
     layout = readers.sniff(items_path, "auto", *how) if items_path else None
