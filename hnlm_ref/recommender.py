@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional
 from hnlm_ref import losses, metrics
 from hnlm_ref.artifacts import Csr, atomic
 from hnlm_ref.console import UserError, progress, say
-from hnlm_ref.samplers import Batch, Sampler
+from hnlm_ref.samplers import Batch, Sampler, trainable_pairs
 
 # ---- encoders ---------------------------------------------------------------------------------------------------
 
@@ -28,7 +29,7 @@ class Encoder(nn.Module):
     """One table of ego vectors, users first: `layers()` gives the vectors of every layer, whose mean is scored.
 
     This class is matrix factorisation (Rendle et al., UAI 2009). An encoder of one's own overrides `layers`, and
-    `extra_loss` if it brings a loss term. `augment`, when set, gives [U + I, d] to add to the ego vectors (KAR).
+    `extra_loss` if it brings a loss. An enhancer (`baselines.py`) changes the ego vectors, or brings a loss.
     """
 
     def __init__(self, train: Csr, dim: int):
@@ -36,18 +37,20 @@ class Encoder(nn.Module):
         self.n_users = train.n_rows
         # Choice: normal with deviation 0.1, as LightGCN's authors; also for MF.
         self.table = nn.Parameter(torch.empty(train.n_rows + train.n_cols, dim).normal_(std=0.1))  # [U + I, d]
-        self.augment: nn.Module | None = None
+        self.enhancer: Any = None
 
     def ego(self) -> Tensor:
-        return self.table if self.augment is None else self.table + self.augment()
+        return self.table if self.enhancer is None else self.enhancer.augment(self.table)
 
     def layers(self) -> list[Tensor]:
         """Vectors after 0, 1, ... propagations, each float32 [U + I, d]."""
         return [self.ego()]
 
-    def extra_loss(self, batch: Batch, layers: list[Tensor]) -> Tensor | float:
+    def extra_loss(self, batch: Batch, layers: list[Tensor]) -> Tensor:
         """A term of the encoder's own, added to the loss of a batch."""
-        return 0.0
+        if self.enhancer is None:
+            return torch.zeros((), device=self.table.device)
+        return self.enhancer.extra_loss(batch, *self.split(layers))
 
     def ego_of(self, users: Tensor, *items: Tensor) -> list[Tensor]:
         """The trained, unpropagated vectors of a batch's users and items, for the L2 term (case E04)."""
@@ -77,6 +80,10 @@ class LightGCN(Encoder):
         for _ in range(self.n_layers):
             layers.append(self.propagate(layers[-1]))
         return layers
+
+
+def make_encoder(backbone: str, train: Csr, dim: int, n_layers: int) -> Encoder:
+    return Encoder(train, dim) if backbone == "mf" else LightGCN(train, dim, n_layers)
 
 
 def normalised_graph(train: Csr) -> Tensor:
@@ -200,7 +207,8 @@ def fit(
     Raises AssertionError when the trainable tensors behind the first loss are not those of the optimiser (case E01).
     """
     device = next(model.parameters()).device
-    encoder, done, best = model["encoder"], Fit(), {}
+    encoder: Any = model["encoder"]
+    done, best = Fit(), dict[str, Tensor]()
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     if checkpoint is not None and checkpoint.exists():
         done, best = _load_checkpoint(checkpoint, model, optimiser)
@@ -213,7 +221,7 @@ def fit(
         torch.manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(pairs))
         drawn = torch.from_numpy(draw(pairs[order.numpy(), 0], epoch_seed(seed, epoch))).to(device)
-        losses_seen, sums = 0, {}
+        losses_seen, sums = 0, dict[str, Tensor | float]()
         for rows, candidates in zip(order.to(device).split(batch_size), drawn.split(batch_size), strict=True):
             batch = Batch(epoch, rows, all_users[rows], all_items[rows], candidates.long())
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -254,6 +262,21 @@ def embeddings(encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     user_emb, item_emb = encoder.split(encoder.layers())
     encoder.train()
     return user_emb.cpu().numpy(), item_emb.cpu().numpy()
+
+
+@torch.no_grad()
+def negatives_of(encoder: Encoder, sampler: Sampler, pairs: np.ndarray, seed: int, batch_size: int) -> np.ndarray:
+    """One epoch's (user, negative) as the trained encoder draws them, in the order of `pairs`, int32 [R n, 2]."""
+    torch.manual_seed(epoch_seed(seed, 0))
+    encoder.eval()
+    device, layers = encoder.table.device, encoder.layers()
+    drawn = torch.from_numpy(sampler.draw(np.ascontiguousarray(pairs[:, 0]), epoch_seed(seed, 0))).to(device).long()
+    table, picked = torch.from_numpy(pairs.astype(np.int64)).to(device), []
+    for rows in torch.arange(len(pairs), device=device).split(batch_size):
+        batch = Batch(1 << 30, rows, table[rows, 0], table[rows, 1], drawn[rows])
+        picked.append(sampler.pick(batch, layers, *encoder.split(layers))[0])
+    items = torch.cat(picked).cpu().numpy()  # [R, n]
+    return np.stack([np.repeat(pairs[:, 0], items.shape[1]), items.ravel()], 1).astype(np.int32)
 
 
 def _leaves(loss: Tensor) -> set[Tensor]:
@@ -326,7 +349,7 @@ def warm_up(
         nn.ModuleDict({"encoder": encoder}),
         batch_loss,
         sampler.draw,
-        sampler.trainable(train.pairs()),
+        trainable_pairs(train),
         train,
         valid,
         seed=seed,

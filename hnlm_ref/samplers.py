@@ -17,9 +17,6 @@ from hnlm_ref import _core
 from hnlm_ref.artifacts import Csr, load_npy
 from hnlm_ref.console import UserError, say
 
-SAMPLERS = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns", "hnlm", "hnlm_matched", "hnlm_pool")
-GENERATED = ("hnlm", "hnlm_matched", "hnlm_pool")  # those that read stage 03
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -42,7 +39,7 @@ def pick_hardest(scores: Tensor) -> Tensor:
 
 def pick_among_top(scores: Tensor, n_top: int) -> Tensor:
     """DNS(M, N) (Shi et al., WWW 2023): one of the N highest scores, each equally likely; [..., M] -> [...]."""
-    order = scores.argsort(-1, descending=True, stable=True)  # [..., M]
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # [..., M]
     place = torch.randint(n_top, scores.shape[:-1], device=scores.device)
     return order.gather(-1, place[..., None])[..., 0]
 
@@ -68,6 +65,19 @@ def mix_hops(user_emb: Tensor, pos_layers: Tensor, candidate_layers: Tensor, sha
     index = place[:, :, None, :, None].expand(-1, -1, 1, -1, user_emb.shape[1])
     hardest = candidate_layers.gather(2, index)[:, :, 0]  # [B, n, L, d]
     return place, (share[:, None] * pos_layers[:, None] + (1 - share[:, None]) * hardest).mean(2)
+
+
+def trainable_pairs(train: Csr) -> np.ndarray:
+    """The training pairs whose user has a negative left to draw (case B01), in row order, int32 [R, 2]."""
+    pairs = train.pairs()
+    return pairs[train.degrees()[pairs[:, 0]] < train.n_cols]
+
+
+@torch.no_grad()
+def percentile(user_emb: Tensor, neg_emb: Tensor, item_emb: Tensor, n_rows: int = 64) -> Tensor:
+    """Share of the catalogue scored below a row's first negative, mean of the first `n_rows` rows: 1 is hardest."""
+    scores = user_emb[:n_rows] @ item_emb.T  # [64, I]
+    return (scores < (user_emb * neg_emb[:, 0]).sum(-1)[:n_rows, None]).float().mean()
 
 
 # ---- the samplers -----------------------------------------------------------------------------------------------
@@ -99,10 +109,6 @@ class Sampler:
     generated: "Generated | None" = None
     n_threads: int = 0
 
-    def trainable(self, pairs: np.ndarray) -> np.ndarray:
-        """The pairs whose user has a negative left to draw (case B01); int32 [R, 2] -> [R', 2]."""
-        return pairs[self.train.degrees()[pairs[:, 0]] < self.train.n_cols]
-
     def draw(self, users: np.ndarray, seed: int) -> np.ndarray:
         """Candidates of a whole epoch, int32 [R, n, M], with replacement; row r's stream depends on (seed, r) only.
 
@@ -115,7 +121,7 @@ class Sampler:
         rows = np.repeat(users, self.n_negatives)
         graph = self.train.indptr, self.train.indices
         if kind == "popularity":
-            weights = np.bincount(self.train.indices, minlength=self.train.n_cols) ** self.popularity_beta
+            weights = np.float_power(np.bincount(self.train.indices, minlength=self.train.n_cols), self.popularity_beta)
             drawn = _core.sample_popularity(*graph, weights, rows, n_drawn, seed, self.n_threads)
         else:
             drawn = _core.sample_uniform(*graph, self.train.n_cols, rows, n_drawn, seed, self.n_threads)

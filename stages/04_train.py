@@ -1,0 +1,237 @@
+"""Stage 4: train one recommender by one method, its negatives sampled, generated, or a mixture of both.
+
+Paper: sections on semantic alignment and training. Reads prep/; generate/ for HNLMRec; sft/ for the guard, the warm
+start and the LLM-enhanced recommenders. Writes train/METHOD/seedK/: model.safetensors, user.npy [U, d] and item.npy
+[I, d] (what is scored), negatives.npy int32 [R, 2] (user, negative) as the final model would draw them for one epoch,
+log.jsonl (one line per epoch).
+
+    python stages/04_train.py --preset toy --method hnlm     # about 3 s on a CPU
+
+    loss = L_rank(e_u, e_i, e_minus) + lambda_cl L_cl(e_u, e_i, e_hard) + lambda_reg L2
+    e_minus = alpha e_hard + (1 - alpha) e_j,    e_hard = adapter(h(u, i)),    j from an ordinary sampler
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from hnlm_ref.artifacts import Run, load_json, load_npy, resolve_path, save_jsonl, save_npy
+from hnlm_ref.console import UserError, say
+from hnlm_ref.knobs import knob, stage_command
+
+GENERATED = ("hnlm", "hnlm_matched", "hnlm_pool")  # the samplers that read stage 3
+SAMPLERS = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns", *GENERATED)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Knobs of stage 4."""
+
+    method: str = knob("uniform", "name of the folder, and of the preset's [methods.NAME] table")
+    # the recommender
+    backbone: str = knob("lightgcn", "encoder", ("lightgcn", "mf"))
+    dim: int = knob(64, "dimension of user and item vectors (d)", low=1)
+    n_layers: int = knob(2, "propagations of LightGCN", low=0)
+    enhancer: str = knob("none", "LLM-enhanced recommender", ("none", "rlmrec_con", "rlmrec_gen", "kar"))
+    warm_start: bool = knob(False, "start from the vectors of the warm-up recommender (c_u, c_i of stage 2)")
+    # the negatives
+    sampler: str = knob("uniform", "where negatives come from", SAMPLERS)
+    n_negatives: int = knob(1, "negatives per positive (n)", low=1)
+    pool_size: int = knob(4, "candidates per negative (M) of dns, dns_mn, mixgcf, ahns and hnlm_pool", low=1)
+    popularity_beta: float = knob(0.75, "popularity: draws go with popularity^beta", low=0)
+    n_top: int = knob(2, "dns_mn: draw among the N best of the pool", low=1)
+    ahns_alpha: float = knob(1.0, "ahns: alpha in beta (s_ui + alpha)^(p + 1)")
+    ahns_beta: float = knob(0.1, "ahns: beta")
+    ahns_p: float = knob(-2.0, "ahns: p")
+    guard_threshold: float | None = knob(None, "refuse candidates this many deviations too similar to the user's items")
+    # generated negatives
+    base_sampler: str = knob("uniform", "hnlm, hnlm_matched: sampler of j", ("uniform", "popularity", "dns"))
+    mix_alpha: float = knob(0.1, "hnlm: weight of e_hard in the mixture (alpha); 0 is the base sampler", low=0, high=1)
+    n_matched: int = knob(1, "hnlm_matched, hnlm_pool: matched items that compete for a row's negative", low=1)
+    match_temperature: float = knob(
+        0.1, "hnlm_matched, hnlm_pool: temperature of the draw among matched items", low=1e-6
+    )
+    matched_share: float = knob(1.0, "hnlm_matched, hnlm_pool: share of the rows that see matched items", low=0, high=1)
+    n_ramp_epochs: int = knob(0, "epochs over which alpha and matched_share rise to their value", low=0)
+    min_coverage: float = knob(0.5, "refuse when fewer of the training pairs have a generated negative", low=0, high=1)
+    generate_dir: str | None = knob(None, "finished generate folder of another run on the same prep; none: this run's")
+    adapter: str = knob("mlp", "from the LLM's space to the recommender's", ("mlp", "attention"))
+    adapter_hidden: int = knob(256, "width of the adapter's hidden layer", low=1)
+    adapter_grad: str = knob(
+        "joint", "what moves the adapter: the ranking losses, or only an anchor", ("joint", "anchored")
+    )
+    # the losses
+    rank_loss: str = knob("bpr", "L_rank", ("bpr", "hinge"))
+    hinge_margin: float = knob(0.3, "margin of the hinge loss")
+    lambda_cl: float = knob(1e-3, "weight of L_cl, which pushes e_hard and e_u apart", low=0)
+    cl_temperature: float = knob(0.2, "temperature of L_cl (tau)", low=1e-6)
+    lambda_reg: float = knob(1e-4, "weight of L2 on the batch's ego vectors", low=0)
+    lambda_extra: float = knob(0.1, "weight of the enhancer's own loss", low=0)
+    # optimisation
+    lr: float = knob(5e-3, "learning rate of Adam", low=0)
+    batch_size: int = knob(2048, "training pairs per step (B)", low=1)
+    n_epochs: int = knob(100, "epochs at most", low=1)
+    patience: int = knob(10, "stop after so many validations without a better NDCG@20", low=1)
+    eval_every: int = knob(1, "epochs between validations", low=1)
+    checkpoint_every: int = knob(5, "epochs between checkpoints", low=1)
+    amp: bool = knob(True, "bfloat16 where torch deems it safe; on a GPU only")
+
+
+def reads(cfg: TrainConfig, run: Run) -> list[str]:
+    generate = cfg.sampler in GENERATED and cfg.generate_dir is None
+    sft = cfg.guard_threshold is not None or cfg.enhancer != "none" or cfg.warm_start
+    return ["prep", *["sft"] * sft, *["generate"] * generate]
+
+
+def generated_folder(cfg: TrainConfig, run: Run) -> Path:
+    """This run's generate/, or another run's if it was made from the same preparation (cases A22, E13)."""
+    if cfg.generate_dir is None:
+        return run.folder("generate")
+    folder = resolve_path(cfg.generate_dir)
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"generate_dir {folder} is no finished generate folder: it has no manifest.json")
+    made_from, here = load_json(folder / "manifest.json")["inputs"]["prep"], run.fingerprint("prep")
+    if made_from != here:
+        raise UserError(f"generate_dir {folder} was made from prep {made_from}, this run's prep is {here}")
+    return folder
+
+
+def main(cfg: TrainConfig, run: Run) -> dict:
+    import torch
+    from safetensors.torch import save_file
+    from torch import nn
+    from torch.nn import functional
+
+    from hnlm_ref import baselines, losses, recommender, samplers
+
+    if run.n_threads:
+        torch.set_num_threads(run.n_threads)
+    prep = run.prep()
+    train = prep.train
+    pairs = samplers.trainable_pairs(train)  # [R, 2]
+    if len(pairs) < train.nnz:
+        full = np.flatnonzero(train.degrees() == prep.n_items)
+        who = f"user {prep.users[full[0]]['key']!r} ({prep.n_items} of {prep.n_items} items seen)"
+        say(f"{len(full)} users have no item left as a negative and are skipped in training, the first is {who}")
+
+    # What is trained: an encoder, enhanced by texts or not, and the adapter of generated vectors if they are mixed in.
+    torch.manual_seed(recommender.epoch_seed(run.seed, 0))
+    encoder = recommender.make_encoder(cfg.backbone, train, cfg.dim, cfg.n_layers)
+    if cfg.warm_start:
+        warm = np.concatenate([load_npy(run.folder("sft") / name) for name in ("cf_user.npy", "cf_item.npy")])
+        if warm.shape != encoder.table.shape:
+            raise UserError(f"warm_start: stage 2's warm-up has vectors of {warm.shape[1]} numbers, dim is {cfg.dim}")
+        encoder.table.data.copy_(torch.from_numpy(warm))  # [U + I, d]
+    if cfg.enhancer != "none":
+        texts = [load_npy(run.folder("sft") / name) for name in ("user_text.npy", "item_text.npy")]
+        encoder.enhancer = baselines.ENHANCERS[cfg.enhancer](np.concatenate(texts), prep.n_users, cfg.dim)
+    model = nn.ModuleDict({"encoder": encoder})
+
+    # Where negatives come from: the catalogue, less what the guard refuses; and what stage 3 generated.
+    blocked = generated = None
+    if cfg.guard_threshold is not None:
+        blocked = samplers.semantic_guard(load_npy(run.folder("sft") / "item_text.npy"), train, cfg.guard_threshold)
+    if cfg.sampler in GENERATED:
+        folder = generated_folder(cfg, run)
+        generated = samplers.load_generated(folder, train, pairs, cfg.min_coverage, blocked, run.device)
+    shared = {f.name for f in fields(samplers.Sampler)} & {f.name for f in fields(cfg)}
+    sampler = samplers.Sampler(
+        train=train,
+        blocked=blocked,
+        generated=generated,
+        n_threads=run.n_threads,
+        **{name: getattr(cfg, name) for name in shared},
+    )
+    mixes = cfg.sampler == "hnlm" and cfg.mix_alpha > 0
+    if mixes:
+        scale = generated.mean, generated.deviation  # of h, float32 [d_llm]
+        model["adapter"] = recommender.SemanticAdapter(*scale, cfg.dim, cfg.adapter_hidden, cfg.adapter)
+    model.to(run.device)
+
+    def batch_loss(batch, layers):
+        user_emb, item_emb = encoder.split(layers)  # [U, d], [I, d]
+        e_u = functional.embedding(batch.users, user_emb)  # [B, d]
+        e_i = functional.embedding(batch.items, item_emb)  # [B, d]
+        j, e_minus = sampler.pick(batch, layers, user_emb, item_emb)  # [B, n], [B, n, d]
+        total, terms = 0.0, {}
+
+        if mixes:
+            has, h = generated.vectors_of(batch.rows)  # the P rows with a generated negative, and h(u, i) [P, d_llm]
+            e_hard = model["adapter"](h)  # [P, d]
+            if cfg.adapter_grad == "anchored":
+                nearest = generated.matches_of(batch.rows[has])[0][:, 0]  # [P], -1: no match
+                target = item_emb[nearest[nearest >= 0]]
+                terms["anchor"] = losses.anchor_loss(e_hard[nearest >= 0], target)
+                total, e_hard = terms["anchor"], e_hard.detach()
+            alpha = cfg.mix_alpha * sampler.ramp(batch.epoch)
+            hard_part, sampled_part = alpha * e_hard[:, None], (1 - alpha) * e_minus[has]  # [P, 1, d], [P, n, d]
+            e_minus = e_minus.index_put((has,), hard_part + sampled_part)
+            terms["norm_hard"] = hard_part.norm(dim=-1).sum() / max(len(has), 1)
+            terms["norm_sampled"] = sampled_part.norm(dim=-1).sum() / max(len(has) * cfg.n_negatives, 1)
+            terms["cl"] = losses.contrast_loss(e_u[has], e_i[has], e_hard, cfg.cl_temperature)
+            total = total + cfg.lambda_cl * terms["cl"]
+
+        pos_scores, neg_scores = (e_u * e_i).sum(-1), torch.einsum("bd,bnd->bn", e_u, e_minus)  # [B], [B, n]
+        if cfg.rank_loss == "bpr":
+            terms["rank"] = losses.bpr_loss(pos_scores, neg_scores)
+        else:
+            terms["rank"] = losses.hinge_loss(pos_scores, neg_scores, cfg.hinge_margin)
+        terms["l2"] = losses.l2_loss(*encoder.ego_of(batch.users, batch.items, j))
+        terms["extra"] = encoder.extra_loss(batch, layers)
+        total = total + terms["rank"] + cfg.lambda_reg * terms["l2"] + cfg.lambda_extra * terms["extra"]
+        terms["neg_percentile"] = samplers.percentile(e_u, e_minus, item_emb)
+        return total, terms
+
+    checkpoint = run.out / "checkpoint.safetensors"
+    done = recommender.fit(
+        model,
+        batch_loss,
+        sampler.draw,
+        pairs,
+        train,
+        prep.valid,
+        seed=run.seed,
+        lr=cfg.lr,
+        batch_size=cfg.batch_size,
+        n_epochs=cfg.n_epochs,
+        patience=cfg.patience,
+        eval_every=cfg.eval_every,
+        n_threads=run.n_threads,
+        amp=cfg.amp and run.device == "cuda",
+        checkpoint=checkpoint,
+        checkpoint_every=cfg.checkpoint_every,
+    )
+
+    user_emb, item_emb = recommender.embeddings(encoder)
+    save_npy(run.out / "user.npy", user_emb)
+    save_npy(run.out / "item.npy", item_emb)
+    save_npy(run.out / "negatives.npy", recommender.negatives_of(encoder, sampler, pairs, run.seed, cfg.batch_size))
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, run.out / "model.safetensors")
+    save_jsonl(run.out / "log.jsonl", done.log)
+    checkpoint.unlink(missing_ok=True)
+    seconds = float(np.mean(done.epoch_seconds)) if done.epoch_seconds else 0.0
+    say(f"best epoch {done.best_epoch} of {done.epoch}: validation {done.best_score:.4f}, {seconds:.2f} s an epoch")
+    return {
+        "counts": {
+            "training pairs": len(pairs),
+            "pairs skipped, no negative left": train.nnz - len(pairs),
+            "pairs with a generated negative": int((generated.row_of >= 0).sum()) if generated else 0,
+            "epochs": done.epoch,
+            "best epoch": done.best_epoch,
+            "valid ndcg@20": done.best_score,
+        },
+        "timing": {"epoch_seconds": done.epoch_seconds, "seconds_per_epoch": seconds},
+    }
+
+
+command = stage_command(
+    "train",
+    TrainConfig,
+    main,
+    reads=reads,
+    files=lambda cfg: [cfg.generate_dir] if cfg.generate_dir else [],
+    folder=lambda cfg, run: f"train/{cfg.method}/seed{run.seed}",
+)
+if __name__ == "__main__":
+    command()
