@@ -1,0 +1,401 @@
+"""The language model: loading, LoRA, soft tokens, and the one `embed` that tuning and generation share.
+
+Letters: R rows of a batch, L tokens of the longest row, P pairs of a batch, d_llm, d_cf widths of hidden states and
+collaborative vectors.
+
+A *row* is one prefix with several continuations, packed into one sequence:
+
+    user part u | item part i1 | item part i2 | ...        what each token may see: the user part, and its own part
+
+A continuation sees the prefix and itself, and its positions go on from the prefix, so its vector is the one that
+prefix + continuation alone would give, while the prefix is computed (and in tuning differentiated) once.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the import: no fork warnings (case D16)
+
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hnlm_ref.artifacts import atomic, load_npy, resolve_path
+from hnlm_ref.console import UserError, progress, say
+from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
+
+TINY = "tiny"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------
+
+
+def tiny_model(family: str = "llama", seed: int = 0) -> tuple[nn.Module, Any]:
+    """A random two-layer model and a byte-level tokenizer, both made here: the real code path, nothing to download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=len(alphabet), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), fast
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """ "auto": bfloat16 where the GPU computes in it, else float32; never float16, whose range overflows (case D12)."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa", load_in_4bit: bool = False) -> Any:
+    """Load a causal language model and its tokenizer, saying first how much memory the weights will take.
+
+    name  "tiny", a folder, a hub id, a .gguf file, or package:NAME/path of one of these.
+    A GGUF file is unpacked to dense weights: it saves disk, not memory (case D15).
+    Returns (model, tokenizer), the model in eval mode on `device`, frozen; the tokenizer has a pad token (case D05).
+    Raises UserError when there is no such model; with HF_HUB_OFFLINE=1 no network is tried (case D14).
+    """
+    if name == TINY:
+        model, tokenizer = tiny_model()
+        return model.eval().requires_grad_(False).to(device), tokenizer
+    path = resolve_path(name)
+    where, extra = str(path) if path.exists() else name, {}
+    if path.suffix == ".gguf":
+        where, extra = str(path.parent), {"gguf_file": path.name}
+        if not path.exists():
+            raise UserError(f"{name}: there is no such GGUF file")
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device), "attn_implementation": attention}
+    if load_in_4bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
+        )
+    elif extra:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, **extra)
+        say(f"model {name}: {memory_estimate(config, options['dtype'], load_in_4bit)}, {device}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, **extra, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--model {name}: not a folder, hub id or .gguf file that can be loaded ({reason})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def memory_estimate(config: Any, dtype: torch.dtype, load_in_4bit: bool = False) -> str:
+    """Size of the weights, from the configuration alone."""
+    with torch.device("meta"):
+        shell = transformers.AutoModelForCausalLM.from_config(config)
+    n = shell.num_parameters()
+    size = n * (0.55 if load_in_4bit else dtype.itemsize)
+    kind = "4-bit" if load_in_4bit else str(dtype).removeprefix("torch.")
+    return f"{n / 1e6:,.0f} M parameters, about {size / 2**30:.2f} GiB of weights in {kind}"
+
+
+def add_lora(llm: nn.Module, rank: int, alpha: int, dropout: float) -> Any:
+    """Wrap `llm` in a fresh PEFT LoRA on the q, k, v and o projections; the adapter's weights are float32."""
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS)
+    )
+    return peft.get_peft_model(llm, config)
+
+
+def load_lora(llm: nn.Module, folder: Path) -> Any:
+    """Put a saved adapter on `llm`. A folder that is none, or holds other weights, is a UserError (cases D07, D08)."""
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(f"{folder}: no PEFT adapter there (adapter_model.safetensors is missing)")
+    model = peft.PeftModel.from_pretrained(llm, folder)
+    saved, wanted = set(load_file(file)), set(peft.get_peft_model_state_dict(model))
+    if saved != wanted:
+        raise UserError(
+            f"{folder}: the adapter does not belong to this model: {len(wanted - saved)} of its weights are missing, "
+            f"{len(saved - wanted)} are unknown, for example {min(saved ^ wanted)}"
+        )
+    return model.eval()
+
+
+# ---- from prompts to token ids ----------------------------------------------------------------------------------
+
+
+def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The beginning and the end of every sequence: one BOS where the tokenizer has one, one EOS (cases D05, D06)."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [] if bos is None else [bos], [] if eos is None else [eos]
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, nothing added."""
+    return tokenizer(list(texts), add_special_tokens=False).input_ids if len(texts) else []
+
+
+def chat_ids(tokenizer: Any, message: str) -> list[int]:
+    """Token ids of one user message ready to be answered: by the chat template if there is one, else as it stands."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": message}]
+        return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    return special_ids(tokenizer)[0] + encode(tokenizer, [message])[0]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The token ids of q(u, i): `rows` joins a user's part and the item parts of any of the user's pairs."""
+
+    user_parts: list[list[int]]
+    item_parts: list[list[int]]
+    end: list[int]
+    eos: list[int]
+    n_shortened: int  # parts that had to be cut to their token limit
+
+    def row(self, user: int, items: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+        """Prefix and continuations for `pack`; soft token u stands for c_u, soft token U + i for c_i."""
+        of_user, of_item = -1 - user, -1 - len(self.user_parts)
+        return self.user_parts[user], [self.item_parts[i] + self.end + [of_user, of_item - i] + self.eos for i in items]
+
+
+def make_queries(
+    tokenizer: Any, users: list[dict], items: list[dict], max_user_tokens: int, max_item_tokens: int
+) -> Queries:
+    """Tokenise q(u, i) for every user and item.
+
+    A part that is too long loses its end: of a user's profile, which tells the newest first, the oldest; of an item,
+    the profile behind the title. Instruction, soft tokens and EOS are always whole (case D03). The longest query has
+    max_user_tokens + max_item_tokens tokens.
+    """
+    bos, eos = special_ids(tokenizer)
+    end = encode(tokenizer, [QUERY_END])[0]
+    of_user = encode(tokenizer, [fill(QUERY_USER, profile=user["profile"]) for user in users])
+    of_item = encode(tokenizer, [fill(QUERY_ITEM, item=item_words(item)) for item in items])
+    room_user, room_item = max_user_tokens - len(bos), max_item_tokens - len(end) - 2 - len(eos)
+    needed = [len(ids) for ids in encode(tokenizer, [fill(QUERY_USER, profile=""), fill(QUERY_ITEM, item="")])]
+    if room_user <= needed[0] or room_item <= needed[1]:
+        least = [
+            limit - room + need + 1
+            for limit, room, need in zip(
+                (max_user_tokens, max_item_tokens), (room_user, room_item), needed, strict=True
+            )
+        ]
+        raise UserError(
+            f"max_user_tokens {max_user_tokens} and max_item_tokens {max_item_tokens} leave no room beside the "
+            f"instructions; the least that works is {least[0]} and {least[1]}"
+        )
+    n_shortened = sum(len(ids) > room_user for ids in of_user) + sum(len(ids) > room_item for ids in of_item)
+    users_ids, item_ids = [bos + ids[:room_user] for ids in of_user], [ids[:room_item] for ids in of_item]
+    return Queries(users_ids, item_ids, end, eos, n_shortened)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows, see the top of this file."""
+
+    ids: Tensor  # int64 [R, L]; -1 - n stands for soft token n
+    branch: Tensor  # int64 [R, L]; 0: prefix, k: k-th continuation, -1: padding
+    position: Tensor  # int64 [R, L]; place in prefix + continuation
+
+
+def pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: str = "cpu") -> Batch:
+    """Lay out (prefix, continuations) rows; pairs are numbered row by row, in the order of the continuations."""
+    longest = max(len(prefix) + sum(map(len, parts)) for prefix, parts in rows)
+    ids, branch, position = (np.full((len(rows), longest), fill, np.int64) for fill in (0, -1, 0))
+    for r, (prefix, parts) in enumerate(rows):
+        pieces = [prefix, *parts]
+        sizes = [len(piece) for piece in pieces]
+        n = sum(sizes)
+        ids[r, :n] = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
+        branch[r, :n] = np.repeat(np.arange(len(pieces)), sizes)
+        starts = [0] + [sizes[0]] * len(parts)
+        position[r, :n] = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
+    return Batch(*(torch.from_numpy(a).to(device) for a in (ids, branch, position)))
+
+
+# ---- from token ids to vectors ----------------------------------------------------------------------------------
+
+
+def embed(llm: nn.Module, batch: Batch, soft: Tensor | None = None, pooling: str = "last") -> Tensor:
+    """One vector per continuation: the only way from a prompt to a vector, in tuning and in generation.
+
+    soft     float [n_soft, d_llm], the input embeddings that stand at the places of the soft tokens, in reading order
+    pooling  "last": hidden state of the continuation's last token (its EOS); "mean": over its tokens
+    Returns  float32 [P, d_llm]; padding and the other rows of the batch have no influence on a vector (case D04)
+    """
+    at_soft = batch.ids < 0
+    inputs = llm.get_input_embeddings()(batch.ids.clamp(min=0))  # [R, L, d_llm]
+    if soft is not None:
+        inputs = inputs.masked_scatter(at_soft.unsqueeze(-1), soft.to(inputs.dtype))
+    branch, order = batch.branch, torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    seen = (branch.unsqueeze(2) == branch.unsqueeze(1)) | ((branch == 0).unsqueeze(1) & (branch >= 0).unsqueeze(2))
+    seen &= order.unsqueeze(0) <= order.unsqueeze(1)  # [R, L, L]: row token q sees token k
+    mask = torch.zeros(seen.shape, dtype=inputs.dtype, device=inputs.device)
+    mask = mask.masked_fill(~seen, torch.finfo(inputs.dtype).min).unsqueeze(1)  # [R, 1, L, L], as the models take it
+    decoder = getattr(llm, "base_model", llm).get_decoder() if isinstance(llm, peft.PeftModel) else llm.get_decoder()
+    hidden = decoder(
+        inputs_embeds=inputs, attention_mask=mask, position_ids=batch.position, use_cache=False
+    ).last_hidden_state.float()  # [R, L, d_llm]
+
+    follows = torch.cat([branch[:, 1:], branch.new_full((len(branch), 1), -1)], dim=1)
+    is_last = (branch > 0) & (branch != follows)
+    if pooling == "last":
+        return hidden[is_last]  # [P, d_llm]
+    inside = branch > 0
+    pair = (is_last.flatten().cumsum(0) - is_last.flatten().long())[inside.flatten()]  # number of the token's pair
+    tokens = hidden[inside]
+    total = tokens.new_zeros(int(is_last.sum()), tokens.shape[1]).index_add_(0, pair, tokens)
+    return total / torch.bincount(pair).unsqueeze(1)
+
+
+class NegativeModel(nn.Module):
+    """The LM with what tuning adds: LoRA, a projection of c_u and c_i to one soft token each, and an output head.
+
+    cf_user, cf_item  float32 [U, d_cf], [I, d_cf]: the collaborative vectors; soft token n is
+                      user n if n < U, else item n - U
+    d_out             width of the space in which h is compared with the targets
+    """
+
+    cf_user: Tensor
+    cf_item: Tensor
+
+    def __init__(self, llm: nn.Module, cf_user: np.ndarray, cf_item: np.ndarray, d_out: int):
+        super().__init__()
+        self.llm = llm
+        device = llm.get_input_embeddings().weight.device
+        for name, table in (("cf_user", cf_user), ("cf_item", cf_item)):
+            self.register_buffer(name, torch.from_numpy(table / table.std()), persistent=False)
+        d_llm, d_cf = llm.config.get_text_config().hidden_size, cf_user.shape[1]
+        self.user_projection, self.item_projection = nn.Linear(d_cf, d_llm), nn.Linear(d_cf, d_llm)
+        # Choice: a soft token starts about as long as a word's embedding, so the frozen layers can read it at once.
+        scale = llm.get_input_embeddings().weight.float().std().item() / d_cf**0.5
+        for projection in (self.user_projection, self.item_projection):
+            nn.init.normal_(projection.weight, std=scale)
+            nn.init.zeros_(projection.bias)
+        self.head = nn.Sequential(nn.LayerNorm(d_llm, elementwise_affine=False), nn.Linear(d_llm, d_out))
+        self.to(device)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """h [P, d_llm], the vectors that are kept, and head(h) [P, d_out], what the loss and the matching compare."""
+        number = -1 - batch.ids[batch.ids < 0]  # soft tokens in reading order
+        is_user = (number < len(self.cf_user)).unsqueeze(1)
+        of_user = self.user_projection(self.cf_user[number.clamp(max=len(self.cf_user) - 1)])
+        of_item = self.item_projection(self.cf_item[(number - len(self.cf_user)).clamp(min=0)])
+        h = embed(self.llm, batch, torch.where(is_user, of_user, of_item))
+        return h, self.head(h)
+
+    @torch.no_grad()
+    def solve_head(self, h: Tensor, targets: Tensor, ridge: float = 0.3) -> None:
+        """Set the head to the ridge regression of the targets' directions [B, d_out] on h [B, d_llm]."""
+        x = nn.functional.pad(self.head[0](h), (0, 1), value=1.0)  # [B, d_llm + 1], the last column for the bias
+        y = nn.functional.normalize(targets, dim=1)
+        gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
+        solved = torch.linalg.solve(gram, x.T @ y)  # [d_llm + 1, d_out]
+        self.head[1].weight.copy_(solved[:-1].T)
+        self.head[1].bias.copy_(solved[-1])
+
+    def save(self, folder: Path) -> None:
+        """adapter/ as PEFT writes it, and projections.safetensors: soft tokens and head."""
+        self.llm.save_pretrained(folder / "adapter", save_embedding_layers=False)  # "auto" would ask the hub (D14)
+        own = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if "llm." not in name}
+        save_file(own, folder / "projections.safetensors")
+
+
+def load_negative_model(llm: nn.Module, folder: Path) -> NegativeModel:
+    """The tuned model of a finished sft/ folder, on the untuned `llm` it was made from."""
+    llm = load_lora(llm, folder / "adapter")
+    own = load_file(folder / "projections.safetensors")
+    cf_user, cf_item = load_npy(folder / "cf_user.npy"), load_npy(folder / "cf_item.npy")
+    model = NegativeModel(llm, cf_user, cf_item, len(own["head.1.bias"]))
+    _, unexpected = model.load_state_dict(own, strict=False)
+    assert not unexpected
+    return model.eval()
+
+
+# ---- texts ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def text_vectors(
+    llm: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_tokens: int = 64
+) -> np.ndarray:
+    """Mean of the last hidden states over each text's tokens and its EOS, centred over the texts; float32 [n, d_llm].
+
+    BOS is shared and left out of the mean; an empty text is its EOS alone (case D18).
+    """
+    bos, eos = special_ids(tokenizer)
+    parts = [ids[:max_tokens] + eos for ids in encode(tokenizer, texts)]
+    device = llm.get_input_embeddings().weight.device
+    vectors = []
+    for start in progress(range(0, len(parts), batch_size), desc="texts"):
+        vectors.append(embed(llm, pack([(bos, parts[start : start + batch_size])], device), pooling="mean").cpu())
+    found = torch.cat(vectors).numpy()  # [n, d_llm]
+    return found - found.mean(axis=0)
+
+
+def whiten(vectors: np.ndarray, n_directions: int = 128) -> np.ndarray:
+    """Coordinates along the strongest directions of centred vectors, each scaled to variance 1; float32 [n, <= 128]."""
+    left, strength, _ = np.linalg.svd(vectors, full_matrices=False)
+    kept = strength[:n_directions] > 1e-6 * strength[0]
+    return left[:, :n_directions][:, kept] * len(vectors) ** 0.5
+
+
+# ---- checkpoints of tuning --------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    path: Path, trainable: dict[str, Tensor], optimiser: Any, best: dict[str, Tensor], state: dict
+) -> None:
+    """One file with weights, best weights, optimiser and counters, so that they cannot come from different steps."""
+    tensors = {f"now/{n}": p.detach() for n, p in trainable.items()} | {f"best/{n}": t for n, t in best.items()}
+    for number, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"adam/{number}/{name}": t for name, t in moments.items()}
+    with atomic(path) as temporary:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(state)})
+
+
+def load_checkpoint(path: Path, trainable: dict[str, Tensor], optimiser: Any) -> tuple[dict, dict[str, Tensor]]:
+    """Put everything back; returns the counters and the best weights."""
+    with safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    best = {}
+    for key, tensor in load_file(path).items():
+        kind, _, name = key.partition("/")
+        if kind == "now":
+            trainable[name].data.copy_(tensor)
+        elif kind == "best":
+            best[name] = tensor
+        else:
+            number, _, moment = name.partition("/")
+            moments.setdefault(int(number), {})[moment] = tensor
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
+    return state, best
+
+
+def set_threads(n_threads: int) -> None:
+    if n_threads:
+        torch.set_num_threads(n_threads)
+
+
+def recompute_activations(model: NegativeModel) -> None:
+    """Gradient checkpointing. Non-reentrant, so that gradients reach LoRA although the weights are frozen (D10)."""
+    model.llm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,255 @@
+"""Stage 2: teach the language model what a hard negative is, from collaborative signals.
+
+Paper: supervised fine-tuning with collaborative signals. Reads prep/. Writes sft/: cf_user.npy, cf_item.npy (c_u, c_i),
+item_text.npy, user_text.npy (untuned text vectors), targets.npy, triplets.jsonl, adapter/, projections.safetensors,
+log.jsonl.
+
+    python stages/02_sft.py --preset toy     # about 15 s on a CPU
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hnlm_ref.artifacts import Prep, Run, load_npy, save_jsonl, save_npy
+from hnlm_ref.console import UserError, progress, say
+from hnlm_ref.knobs import knob, stage_command
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Knobs of stage 2. The defaults suit a 135M model on two cores; the presets of the paper hold its own."""
+
+    # model
+    model: str = knob("tiny", "tiny, a folder, a hub id, a .gguf file, or package:NAME/path")
+    dtype: str = knob(
+        "auto", "of the frozen weights; auto: bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16")
+    )
+    attention: str = knob("sdpa", "attention implementation of transformers", ("sdpa", "eager"))
+    load_in_4bit: bool = knob(False, "frozen weights in 4 bits; needs CUDA and bitsandbytes")
+    checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
+    max_user_tokens: int = knob(64, "tokens of a prompt's user part, instruction included", low=1)
+    max_item_tokens: int = knob(24, "tokens of a prompt's item part, soft tokens and EOS included", low=1)
+    lora_rank: int = knob(32, "rank of LoRA (r)", low=1)
+    lora_alpha: int = knob(64, "scale of LoRA is alpha / r", low=1)
+    lora_dropout: float = knob(0.05, "dropout in LoRA", low=0, high=1)
+    # triplets
+    n_users: int = knob(0, "users to tune on; 0: all", low=0)
+    pairs_per_user: int = knob(8, "triplets of a user, at most", low=1)
+    held_out_users: int = knob(32, "further users whose triplets are held out", low=1)
+    mining: str = knob("window", "how the hard negative of a triplet is drawn", ("window", "pool"))
+    rank_from: int = knob(0, "window: first warm-up rank among the items not taken", low=0)
+    rank_to: int = knob(50, "window: rank after the last", low=1)
+    pool_size: int = knob(16, "pool: the best-scored of M random items not taken", low=1)
+    guard_threshold: float | None = knob(None, "do not mine items this many deviations too similar to the user's own")
+    target: str = knob("cf", "p and n of the triplet: warm-up vectors or text vectors of the items", ("cf", "text"))
+    # optimisation
+    lr: float = knob(3e-4, "learning rate of LoRA", low=0)
+    lr_new: float = knob(3e-3, "learning rate of soft tokens and head, which start from nothing", low=0)
+    temperature: float = knob(0.05, "temperature of the in-batch loss (tau)", low=1e-6)
+    catalogue_weight: float = knob(1.0, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
+    catalogue_temperature: float = knob(0.1, "temperature of that softmax", low=1e-6)
+    probe_users: int = knob(32, "users from whose triplets the head is solved before tuning; 0: random head", low=0)
+    n_epochs: int = knob(1, "passes over the triplets", low=1)
+    batch_size: int = knob(4, "users per forward pass", low=1)
+    grad_accum: int = knob(1, "forward passes per optimiser step", low=1)
+    warmup_steps: int = knob(5, "steps over which the learning rate rises; it then falls linearly", low=0)
+    eval_every: int = knob(20, "steps between looks at the held-out triplets, and between checkpoints", low=1)
+    patience: int = knob(3, "stop after so many looks without a lower held-out loss", low=1)
+
+
+def mine(cfg: SftConfig, prep: Prep, cf_user: np.ndarray, cf_item: np.ndarray, item_text: np.ndarray, rng: Any) -> list:
+    """Triplets of every chosen user: (u, i, j) with i taken in training and j a warm-up hard negative of u.
+
+    j is never a training item of u, nor one the guard refuses; a user without any such item has no triplets.
+    """
+    from hnlm_ref.samplers import semantic_guard
+
+    blocked = prep.train
+    if cfg.guard_threshold is not None:
+        blocked = blocked.union(semantic_guard(item_text, prep.train, cfg.guard_threshold))
+    users = rng.permutation(np.flatnonzero(prep.train.degrees())).tolist()  # the first are held out
+    if cfg.n_users:
+        users = users[: cfg.held_out_users + cfg.n_users]
+    triplets = []
+    for place, u in enumerate(users):
+        free = np.setdiff1d(np.arange(prep.n_items), blocked.row(u))
+        items = rng.permutation(prep.train.row(u))[: cfg.pairs_per_user if len(free) else 0]
+        scores = cf_item[free] @ cf_user[u]
+        if cfg.mining == "window":
+            ranked = free[np.argsort(-scores, kind="stable")]
+            low = min(cfg.rank_from, max(len(ranked) - 1, 0))  # a short list gives what it has
+            chosen = ranked[rng.integers(low, max(min(cfg.rank_to, len(ranked)), low + 1), len(items))]
+        else:
+            pool = rng.integers(len(free), size=(len(items), cfg.pool_size)) if len(items) else np.empty((0, 1), int)
+            chosen = free[np.take_along_axis(pool, scores[pool].argmax(1)[:, None], 1)[:, 0]]
+        part = "held_out" if place < cfg.held_out_users else "tune"
+        triplets += [
+            {"part": part, "user": u, "item": int(i), "positive": int(j), "negative": int(i)}
+            for i, j in zip(items, chosen, strict=True)
+        ]
+    return triplets
+
+
+def main(cfg: SftConfig, run: Run) -> dict:
+    import torch
+
+    from hnlm_ref import llm, losses
+    from hnlm_ref.prompts import item_words
+    from hnlm_ref.recommender import warm_up
+
+    if cfg.rank_to <= cfg.rank_from:
+        raise UserError(f"rank_from {cfg.rank_from} and rank_to {cfg.rank_to} leave no rank to mine from")
+    prep, out, device = run.prep(), run.out, run.device
+    llm.set_threads(run.n_threads)
+
+    # The collaborative signal c_u, c_i: from train alone, early-stopped on valid.
+    if not (out / "cf_item.npy").exists():
+        tables = warm_up(prep.train, prep.valid, seed=run.seed, device=device, n_threads=run.n_threads)
+        for name, table in zip(("cf_user", "cf_item"), tables, strict=True):
+            save_npy(out / f"{name}.npy", table)
+    cf_user, cf_item = load_npy(out / "cf_user.npy"), load_npy(out / "cf_item.npy")  # [U, d_cf], [I, d_cf]
+
+    # Text vectors of the untuned model, for targets, guards and text-enhanced recommenders.
+    base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
+    if not (out / "user_text.npy").exists():
+        item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
+        save_npy(out / "item_text.npy", item_text)
+        if run.manifest("prep")["knobs"]["profiles"] == "template":
+            # Choice: a template profile is a list of titles; its vector is the mean over the user's training items.
+            rows, items = prep.train.pairs().T
+            user_text = np.zeros((prep.n_users, item_text.shape[1]), np.float32)
+            np.add.at(user_text, rows, item_text[items] / prep.train.degrees()[rows, None])
+        else:
+            user_text = llm.text_vectors(base, tokenizer, [user["profile"] for user in prep.users])
+        save_npy(out / "user_text.npy", user_text)
+    item_text = load_npy(out / "item_text.npy")  # [I, d_llm]
+
+    # What p and n are. Choice: fixed vectors, centred (text: whitened), as raw hidden states are nearly parallel.
+    targets = llm.whiten(item_text) if cfg.target == "text" else cf_item - cf_item.mean(axis=0)  # [I, d_out]
+    save_npy(out / "targets.npy", targets.astype(np.float32))
+    targets = torch.from_numpy(targets).float().to(device)
+
+    # Triplets (u, i, j), all of a user together; some users are held out.
+    triplets = mine(cfg, prep, cf_user, cf_item, item_text, np.random.default_rng(run.seed))
+    save_jsonl(out / "triplets.jsonl", triplets)
+    by_user: dict[str, dict[int, list[dict]]] = {"tune": {}, "held_out": {}}
+    for triplet in triplets:
+        by_user[triplet["part"]].setdefault(triplet["user"], []).append(triplet)
+    if not (by_user["tune"] and by_user["held_out"]):
+        raise UserError(f"{len(triplets)} triplets, not enough to tune and to hold some out; lower held_out_users")
+    queries = llm.make_queries(tokenizer, prep.users, prep.items, cfg.max_user_tokens, cfg.max_item_tokens)
+    say(f"[sft] {len(triplets):,} triplets; {queries.n_shortened:,} prompt parts cut to their token limit")
+
+    # The model: frozen weights, LoRA, soft tokens, head.
+    torch.manual_seed(run.seed)
+    model = llm.NegativeModel(
+        llm.add_lora(base, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout), cf_user, cf_item, targets.shape[1]
+    )
+    if cfg.checkpointing:
+        llm.recompute_activations(model)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": [p for n, p in trainable.items() if ("lora_" in n) is lora]} for lora in (True, False)]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def read(part: str, users: list[int]) -> tuple:
+        """Vectors of these users' triplets and their numbers u, i, j: [B, d_out], three of [B]."""
+        found = [t for u in users for t in by_user[part][u]]
+        rows = [queries.row(u, [t["item"] for t in by_user[part][u]]) for u in users]
+        u, i, j = (torch.tensor([t[k] for t in found], device=device) for k in ("user", "item", "positive"))
+        return model(llm.pack(rows, device)), u, i, j
+
+    def both_losses(o: torch.Tensor, u: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> tuple:
+        pair = losses.sft_loss(o, targets[j], targets[i], u, i, cfg.temperature)
+        return pair, losses.catalogue_loss(o, targets, j, cfg.catalogue_temperature)
+
+    def chunks(users: list[int]) -> list[list[int]]:
+        return [users[start : start + cfg.batch_size] for start in range(0, len(users), cfg.batch_size)]
+
+    @torch.inference_mode()
+    def look() -> dict:
+        """Losses and accuracy on the held-out triplets, and where j ranks in the catalogue by cos(h, .)."""
+        model.eval()
+        totals = np.zeros(5)
+        for users in chunks(list(by_user["held_out"])):
+            (_, o), u, i, j = read("held_out", users)
+            cosine = torch.nn.functional.normalize(o, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T  # [B, I]
+            to_p, to_n = cosine.gather(1, j[:, None]), cosine.gather(1, i[:, None])
+            figures = [*both_losses(o, u, i, j), (to_p > to_n).float().mean(), (cosine > to_p).float().mean()]
+            totals += len(u) * np.array([*map(float, figures), 1.0])
+        model.train()
+        names = ("held_out_loss", "held_out_catalogue_loss", "accuracy", "rank_of_positive")
+        return dict(zip(names, (totals[:4] / totals[4]).round(6).tolist(), strict=True))
+
+    # Every epoch its own order; micro-batch m of step s is the same whenever and wherever it is computed.
+    users = list(by_user["tune"])
+    n_per_epoch = -(-len(users) // (cfg.batch_size * cfg.grad_accum))
+    n_steps, checkpoint = cfg.n_epochs * n_per_epoch, out / "checkpoint.safetensors"
+    state = {"step": 0, "log": [], "best": None, "bad_looks": 0, "sums": [0.0, 0.0, 0]}
+    best: dict = {}
+    if checkpoint.exists():
+        state, best = llm.load_checkpoint(checkpoint, trainable, optimiser)
+        say(f"[sft] going on after step {state['step']} of {n_steps}")
+    elif cfg.probe_users:
+        # Choice: the head starts where ridge regression puts it, so tuning begins with a head that can read h.
+        with torch.inference_mode():
+            model.eval()
+            parts = [read("tune", some) for some in chunks(users[: cfg.probe_users])]
+        model.solve_head(torch.cat([p[0][0] for p in parts]), targets[torch.cat([p[3] for p in parts])])
+    if not state["log"]:
+        state["log"].append({"step": 0, **look()})
+    model.train()
+    bar = progress(total=n_steps, desc="tuning", unit="step")
+    bar.update(state["step"])
+    while state["step"] < n_steps and state["bad_looks"] < cfg.patience:
+        epoch, place = divmod(state["step"], n_per_epoch)
+        order = np.random.default_rng([run.seed, epoch]).permutation(users).tolist()
+        for number, some in enumerate(chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]):
+            torch.manual_seed(hash((run.seed, state["step"], number)) % 2**31)  # dropout
+            (_, o), *uij = read("tune", some)
+            pair, catalogue = both_losses(o, *uij)
+            ((pair + cfg.catalogue_weight * catalogue) / cfg.grad_accum).backward()
+            sums = state["sums"]
+            state["sums"] = [sums[0] + pair.item(), sums[1] + catalogue.item(), sums[2] + 1]
+        rate = min((state["step"] + 1) / (cfg.warmup_steps + 1), 1 - state["step"] / n_steps)
+        for group, lr in zip(optimiser.param_groups, (cfg.lr, cfg.lr_new), strict=True):
+            group["lr"] = lr * rate
+        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        state["step"] += 1
+        bar.update()
+        if state["step"] % cfg.eval_every == 0 or state["step"] == n_steps:
+            pair_sum, catalogue_sum, n = state["sums"]
+            line = {
+                "step": state["step"],
+                "loss": round(pair_sum / n, 6),
+                "catalogue_loss": round(catalogue_sum / n, 6),
+            }
+            state["log"].append(line | look())
+            state["sums"] = [0.0, 0.0, 0]
+            say(f"[sft] {state['log'][-1]}")
+            if state["best"] is None or state["log"][-1]["held_out_loss"] < state["best"]:
+                state["best"], state["bad_looks"] = state["log"][-1]["held_out_loss"], 0
+                best = {name: p.detach().clone() for name, p in trainable.items()}
+            else:
+                state["bad_looks"] += 1
+            llm.save_checkpoint(checkpoint, trainable, optimiser, best, state)
+    bar.close()
+
+    # Keep the weights of the best look.
+    with torch.no_grad():
+        for name, p in trainable.items():
+            p.copy_(best[name])
+    model.save(out)
+    save_jsonl(out / "log.jsonl", state["log"])
+    checkpoint.unlink()
+    return {"counts": {"triplets": len(triplets), "steps": state["step"], **state["log"][-1]}}
+
+
+command = stage_command(
+    "sft", SftConfig, main, reads=("prep",), files=lambda cfg: [] if cfg.model == "tiny" else [cfg.model]
+)
+if __name__ == "__main__":
+    command()
