@@ -165,7 +165,7 @@ def renumber(log: Log) -> Log:
     """Close the gaps in the numbering; the keys stay in sorted order (case A07)."""
     users, user = np.unique(log.user, return_inverse=True)
     items, item = np.unique(log.item, return_inverse=True)
-    numbers = {"user": user.astype(np.int32), "item": item.astype(np.int32)}
+    numbers: dict[str, Any] = {"user": user.astype(np.int32), "item": item.astype(np.int32)}
     return replace(log, users=log.users.gather(users), items=log.items.gather(items), **numbers)
 
 
@@ -191,6 +191,16 @@ def oldest_first(log: Log) -> np.ndarray:
     """Order of rows by user, then time; equal times, or none at all, go by item number (case A17). int32 [n]."""
     time = np.zeros(len(log)) if log.time is None else log.time
     return np.lexsort((log.item, time, log.user)).astype(np.int32)
+
+
+def n_ties(log: Log) -> int:
+    """Rows that share their user's time with another row: their order is the item's (case A17)."""
+    if log.time is None:
+        return 0
+    order = np.lexsort((log.time, log.user))
+    user, time = log.user[order], log.time[order]
+    same = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+    return int((np.r_[same, False] | np.r_[False, same]).sum())
 
 
 def split(
@@ -237,14 +247,14 @@ def split(
     return part
 
 
-def drop_unseen(log: Log, part: np.ndarray, counts: dict) -> tuple[Log, np.ndarray]:
-    """Leave out held-out rows whose user or item has no training row, and count them (cases A15, G08)."""
+def unseen(log: Log, part: np.ndarray, drop: bool, counts: dict) -> tuple[Log, np.ndarray]:
+    """Count the held-out rows whose user or item has no training row, and leave them out if asked (cases A15, G08)."""
     held = part > 0
     new_user = held & ~np.isin(log.user, log.user[~held])
     new_item = held & ~np.isin(log.item, log.item[~held])
     counts["held-out rows of unseen users"] = int(new_user.sum())
     counts["held-out rows of unseen items"] = int(new_item.sum())
-    keep = ~(new_user | new_item)
+    keep = ~(new_user | new_item) | (not drop)
     return log.take(keep), part[keep]
 
 
@@ -252,7 +262,7 @@ def ready_split(logs: list[Log | None], counts: dict) -> tuple[Log, np.ndarray]:
     """Join the files of a ready split. A pair in two parts stays in the earlier one; leaks are counted."""
     parts = [(n, log) for n, log in enumerate(logs) if log is not None]
     part = np.concatenate([np.full(len(log), n, np.int8) for n, log in parts])
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name in ("user", "item", "time"):
         columns = [getattr(log, name) for _, log in parts]
         arrays[name] = None if any(c is None for c in columns) else np.concatenate(columns)
@@ -270,7 +280,7 @@ def ready_split(logs: list[Log | None], counts: dict) -> tuple[Log, np.ndarray]:
         counts["held-out rows older than their user's last training row"] = int(
             ((part > 0) & (log.time < newest[log.user])).sum()
         )
-    return drop_unseen(log, part, counts)
+    return unseen(log, part, True, counts)
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------

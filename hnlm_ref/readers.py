@@ -457,7 +457,7 @@ def frames(layout: Layout, bad: Bad, text: bool = False) -> Iterator[pl.DataFram
     n_rows = 0
     roles = {"line", *LOG_ROLES} - (set() if text else {"text"})
     for frame in _tables(layout, roles, bad, lambda frame: _check(frame, layout)):
-        bad.n_trimmed += frame["trimmed"].sum()
+        bad.n_trimmed += int(frame["trimmed"].sum())
         frame = frame.drop("trimmed")
         if {"history", "line"} & set(layout.columns):
             frame = frame.with_columns(pl.col("item").str.extract_all(r"\S+")).explode("item").drop_nulls("item")

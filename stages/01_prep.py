@@ -56,27 +56,25 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     from hnlm_ref import data, readers
 
     # Find the files and what they are.
-    log_path, items_path, valid_path, test_path = (
-        [*data.make_toy_log(run.out, run.seed), None, None]
-        if cfg.interactions == "toy"
-        else readers.locate(resolve_path(cfg.interactions))
-    )
-    items_path, valid_path, test_path = (
-        resolve_path(given) if given else found
-        for given, found in ((cfg.items, items_path), (cfg.valid_file, valid_path), (cfg.test_file, test_path))
-    )
+    if cfg.interactions == "toy":
+        log_path, items_path = data.make_toy_log(run.out, run.seed)
+        parts = (log_path, None, None)
+    else:
+        log_path, items_path, *parts = readers.locate(resolve_path(cfg.interactions))
+        parts = (log_path, cfg.valid_file or parts[0], cfg.test_file or parts[1])
     how = (cfg.format, cfg.sep, cfg.header, cfg.encoding, cfg.columns, cfg.time_unit)
-    layouts = [readers.sniff(path, *how) if path else None for path in (log_path, valid_path, test_path)]
+    layouts = [readers.sniff(resolve_path(str(path)), *how) if path else None for path in parts]
     for layout in filter(None, layouts):
         say(f"[prep] {layout.path}: {layout}")
-    bad, counts = readers.Bad(cfg.skip_bad_rows), {}
-    logs = iter(data.read_logs([layout for layout in layouts if layout], bad))
-    parts = [next(logs) if layout else None for layout in layouts]
-    log = parts[0]
-    counts |= {"format": str(layouts[0]), "rows": sum(map(len, filter(None, parts))), "bad rows skipped": len(bad.rows)}
+    bad = readers.Bad(cfg.skip_bad_rows)
+    read = iter(data.read_logs([layout for layout in layouts if layout], bad))
+    logs = [next(read) if layout else None for layout in layouts]
+    log = logs[0]
+    counts = {"format": str(layouts[0]), "rows": sum(map(len, filter(None, logs)))}
+    counts |= {"bad rows skipped": len(bad.rows), "rows with blanks around an id": bad.n_trimmed}
 
-    if test_path:  # A ready split is taken as it is.
-        log, part = data.ready_split(parts, counts)
+    if logs[2]:  # a ready split is taken as it is
+        log, part = data.ready_split(logs, counts)
     else:
         # Filter, keep each pair once, and core to the fixed point.
         log = data.clean(log, cfg.min_rating, cfg.date_from, cfg.date_to, counts)
@@ -86,29 +84,28 @@ def main(cfg: PrepConfig, run: Run) -> dict:
         if not len(log):
             raise UserError(
                 f"{log_path}: the {cfg.k_core}-core is empty ({len(pairs):,} rows, largest k with data left: "
-                f"{data.largest_k(pairs)}); lower --k-core or widen the filters ({counts})"
+                f"{data.largest_k(pairs)}); lower k_core or widen the filters; {told(counts)}"
             )
 
+        # Part the pairs. Choice: what a random or last row tests may be an item never trained on, a later row may not.
         def split(log: data.Log) -> np.ndarray:
             ratios, cuts = (cfg.valid_ratio, cfg.test_ratio), (cfg.valid_from, cfg.test_from)
             return data.split(log, cfg.split, *ratios, np.random.default_rng(run.seed), *cuts)
 
-        # Part the pairs. Choice: a random or last row of a known user may be of an unseen item; a later row may not.
         part = split(log)
-        if cfg.split in ("ratio-global", "time"):
-            log, part = data.drop_unseen(log, part, counts)
+        counts["pairs at the same time as another of their user"] = data.n_ties(log)
         if cfg.published:
             compare(data.published_readings(pairs, cfg.k_core, split), cfg.published)
+        log, part = data.unseen(log, part, cfg.split in ("ratio-global", "time"), counts)
     log = data.renumber(log)
     counts |= {name: int((part == number).sum()) for number, name in enumerate(data.PARTS)}
-    if not counts["train"] or (not counts["test"] and (test_path or cfg.split in ("ratio-global", "time"))):
-        raise UserError(f"{log_path}: nothing is left to train on or to test ({counts}); choose another split")
+    if not counts["train"] or (not counts["test"] and (logs[2] or cfg.split in ("ratio-global", "time"))):
+        raise UserError(f"{log_path}: nothing is left to train on or to test; {told(counts)}; choose another split")
 
     # Texts and profiles; a user's profile sees training rows only (case A20).
-    if items_path is None and cfg.item_columns:
-        items_path = log_path
-    how = (None, None, cfg.encoding, cfg.item_columns, "auto", readers.ITEM_ROLES)
-    layout = readers.sniff(items_path, "auto", *how) if items_path else None
+    items_path = resolve_path(cfg.items) if cfg.items else log_path if cfg.item_columns else items_path
+    how = ("auto", None, None, cfg.encoding, cfg.item_columns, "auto", readers.ITEM_ROLES)
+    layout = readers.sniff(items_path, *how) if items_path else None
     items = data.read_items(layout, log.items, cfg.text_chars, bad, counts)
     train = log.take(part == 0)
     users = data.read_users(train, [item["title"] for item in items], cfg.profile_titles)
@@ -125,34 +122,33 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     if bad.rows:
         save_jsonl(run.out / "skipped.jsonl", bad.rows)
     counts |= {"users": len(users), "items": len(items), "pairs": len(log)}
-    say(
-        "\n".join(
-            f"[prep]   {name}: {value:,}" if isinstance(value, int) else f"[prep]   {name}: {value}"
-            for name, value in counts.items()
-        )
-    )
+    say(f"[prep] {told(counts)}")
     return {"counts": counts}
+
+
+def told(counts: dict) -> str:
+    """What happened to the rows, zeros left out."""
+    return ", ".join(
+        f"{k}: {v:,}" if isinstance(v, int) else f"{k}: {v}" for k, v in counts.items() if v and k != "format"
+    )
 
 
 def compare(readings: dict[str, tuple[int, int, int]], published: tuple[int, ...]) -> None:
     """Print the paper's sizes beside ours under every reading of it, and name the nearest (cases G05, X44)."""
-    distance = {
-        name: sum(abs(np.log(o / p)) for o, p in zip(ours, published, strict=True)) for name, ours in readings.items()
-    }
-    say("[prep] sizes (users, items, pairs); published: {:,} {:,} {:,}".format(*published))
+    say("[prep] users, items, pairs; published: {:,} {:,} {:,}".format(*published))
+    distance = {}
     for name, ours in readings.items():
-        gaps = " ".join(f"{o:>11,} ({o / p - 1:+.1%})" for o, p in zip(ours, published, strict=True))
-        say(f"[prep]   {name:50}{gaps}")
+        distance[name] = sum(abs(np.log(o / p)) for o, p in zip(ours, published, strict=True))
+        say(
+            f"[prep] {name:55}" + " ".join(f"{o:>10,} ({o / p - 1:+.1%})" for o, p in zip(ours, published, strict=True))
+        )
     say(f"[prep] nearest: {min(distance, key=lambda name: distance[name])}")
 
 
-command = stage_command(
-    "prep",
-    PrepConfig,
-    main,
-    files=lambda cfg: [
-        p for p in (cfg.interactions, cfg.items, cfg.valid_file, cfg.test_file) if p not in (None, "toy")
-    ],
-)
+def files(cfg: PrepConfig) -> list[str]:
+    return [name for name in (cfg.interactions, cfg.items, cfg.valid_file, cfg.test_file) if name not in (None, "toy")]
+
+
+command = stage_command("prep", PrepConfig, main, files=files)
 if __name__ == "__main__":
     command()
