@@ -13,6 +13,7 @@ prefix + continuation alone would give, while the prefix is computed (and in tun
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hnlm_ref.artifacts import atomic, load_npy, resolve_path
+from hnlm_ref.artifacts import atomic, resolve_path
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
 TINY = "tiny"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -319,15 +321,23 @@ class NegativeModel(nn.Module):
         save_file(own, folder / "projections.safetensors")
 
 
-def load_negative_model(llm: nn.Module, folder: Path) -> NegativeModel:
+def load_negative_model(llm: nn.Module, folder: Path, cf_user: np.ndarray, cf_item: np.ndarray) -> NegativeModel:
     """The tuned model of a finished sft/ folder, on the untuned `llm` it was made from."""
     llm = load_lora(llm, folder / "adapter")
     own = load_file(folder / "projections.safetensors")
-    cf_user, cf_item = load_npy(folder / "cf_user.npy"), load_npy(folder / "cf_item.npy")
     model = NegativeModel(llm, cf_user, cf_item, len(own["head.1.bias"]))
     _, unexpected = model.load_state_dict(own, strict=False)
     assert not unexpected
     return model.eval()
+
+
+@torch.inference_mode()
+def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
+    """head(h) of stored vectors, float [N, d_llm] -> float32 [N, d_out]."""
+    device = model.head[1].weight.device
+    return np.concatenate(
+        [model.head(torch.from_numpy(h[s : s + 4096]).float().to(device)).cpu().numpy() for s in range(0, len(h), 4096)]
+    )
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------
