@@ -12,6 +12,11 @@ from torch.nn import functional
 # ---- recommender ------------------------------------------------------------------------------------------------
 
 
+def mix(hard: Tensor, sampled: Tensor, alpha: float) -> Tensor:
+    """e_minus = alpha e_hard + (1 - alpha) e_j; hard [P, d], sampled [P, n, d] -> [P, n, d] (case E06)."""
+    return alpha * hard[:, None] + (1 - alpha) * sampled
+
+
 def bpr_loss(pos_scores: Tensor, neg_scores: Tensor) -> Tensor:
     """log(1 + sum over negatives of exp(s_uj - s_ui)), mean over the batch (Rendle et al. 2009; several: case E15).
 
@@ -41,10 +46,9 @@ def l2_loss(*ego: Tensor) -> Tensor:
 
     ego  [B, d] or [B, n, d], not propagated
     """
-    # Summed within rows first: the rest is too short for torch to split it over threads, so any number gives one sum.
-    return sum((e.square().flatten(1).sum(1).sum() for e in ego[1:]), ego[0].square().flatten(1).sum(1).sum()) / (
-        2 * len(ego[0])
-    )
+    # Summed within rows, then over terms: what is left is too short for torch to split it over threads.
+    rows = torch.stack([e.square().flatten(1).sum(1) for e in ego])  # [terms, B]
+    return rows.sum(0).sum() / (2 * len(ego[0]))
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:

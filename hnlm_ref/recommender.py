@@ -185,10 +185,10 @@ def fit(
     valid: Csr,
     *,
     seed: int,
-    lr: float,
-    batch_size: int,
-    n_epochs: int,
-    patience: int,
+    lr: float = 5e-3,
+    batch_size: int = 2048,
+    n_epochs: int = 100,
+    patience: int = 10,
     eval_every: int = 1,
     n_threads: int = 0,
     amp: bool = False,
@@ -323,15 +323,13 @@ def warm_up(
     n_threads: int = 0,
     dim: int = 64,
     n_layers: int = 2,
-    lr: float = 5e-3,
-    batch_size: int = 2048,
-    n_epochs: int = 60,
-    patience: int = 5,
     pool_size: int = 4,
     lambda_reg: float = 1e-4,
+    **schedule: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The collaborative signal c_u, c_i: LightGCN with DNS negatives, trained on train only, early stopped on valid.
 
+    schedule  keyword arguments of `fit`
     Returns float32 [U, d] and [I, d], deterministic on a CPU.
     """
     torch.manual_seed(epoch_seed(seed, 0))
@@ -353,10 +351,7 @@ def warm_up(
         train,
         valid,
         seed=seed,
-        lr=lr,
-        batch_size=batch_size,
-        n_epochs=n_epochs,
-        patience=patience,
         n_threads=n_threads,
+        **{"n_epochs": 60, "patience": 5} | schedule,
     )
     return embeddings(encoder)

@@ -248,7 +248,7 @@ def load_generated(
 ) -> Generated:
     """Read generate/ and join it to the training pairs, int32 [R, 2], in row order.
 
-    Matched items that the guard blocks become -1.
+    Matched items that the guard blocks, or that are training positives of their user, become -1 (case B15).
     Raises UserError for arrays of other lengths, for a pair that is no training pair or comes twice (case E13), for a
     vector that is not finite, naming it (case D12), or has one value throughout (case E14), and for a coverage of
     zero or below `min_coverage`.
@@ -262,7 +262,7 @@ def load_generated(
         )
     if made.size and (made.min() < 0 or (made.max(0) >= (train.n_rows, train.n_cols)).any()):
         raise UserError(f"{folder / 'pairs.npy'}: a number lies outside {train.n_rows} users and {train.n_cols} items")
-    cells, made_cells = (table[:, 0].astype(np.int64) * train.n_cols + table[:, 1] for table in (pairs, made))
+    cells, made_cells = (table.astype(np.int64) @ (train.n_cols, 1) for table in (pairs, made))
     row_of = np.full(len(pairs), -1)
     place = np.minimum(np.searchsorted(cells, made_cells), len(cells) - 1)
     row_of[place] = np.arange(len(made))
@@ -288,9 +288,8 @@ def load_generated(
         sums, squares = sums + block.sum(0), squares + np.square(block).sum(0)
     mean = sums / len(vectors)
     deviation = np.sqrt(np.maximum(squares / len(vectors) - np.square(mean), 1e-12))
-    if blocked is not None:
-        cells_blocked = blocked.pairs() @ np.array([train.n_cols, 1])
-        matches = np.where(np.isin(made[:, :1].astype(np.int64) * train.n_cols + matches, cells_blocked), -1, matches)
+    refused = (train if blocked is None else train.union(blocked)).pairs().astype(np.int64) @ (train.n_cols, 1)
+    matches = np.where(np.isin(made[:, :1].astype(np.int64) * train.n_cols + matches, refused), -1, matches)
     return Generated(
         torch.from_numpy(row_of).to(device),
         vectors,

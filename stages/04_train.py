@@ -165,10 +165,10 @@ def main(cfg: TrainConfig, run: Run) -> dict:
                 terms["anchor"] = losses.anchor_loss(e_hard[nearest >= 0], target)
                 total, e_hard = terms["anchor"], e_hard.detach()
             alpha = cfg.mix_alpha * sampler.ramp(batch.epoch)
-            hard_part, sampled_part = alpha * e_hard[:, None], (1 - alpha) * e_minus[has]  # [P, 1, d], [P, n, d]
-            e_minus = e_minus.index_put((has,), hard_part + sampled_part)
-            terms["norm_hard"] = hard_part.norm(dim=-1).sum() / max(len(has), 1)
-            terms["norm_sampled"] = sampled_part.norm(dim=-1).sum() / max(len(has) * cfg.n_negatives, 1)
+            e_j = e_minus[has]  # [P, n, d]
+            e_minus = e_minus.index_put((has,), losses.mix(e_hard, e_j, alpha))
+            terms["norm_hard"] = alpha * e_hard.norm(dim=-1).sum() / max(len(has), 1)
+            terms["norm_sampled"] = (1 - alpha) * e_j.norm(dim=-1).sum() / max(e_j.shape[:2].numel(), 1)
             terms["cl"] = losses.contrast_loss(e_u[has], e_i[has], e_hard, cfg.cl_temperature)
             total = total + cfg.lambda_cl * terms["cl"]
 

@@ -1,0 +1,84 @@
+"""Losses of the recommender against the collected cases, and against loops on small examples."""
+
+import math
+
+import pytest
+import torch
+
+from hnlm_ref import losses
+
+
+def tensor(values, grad=False):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+def test_bpr_is_exact_far_from_zero_and_keeps_its_gradient():  # case E02
+    pos, neg = tensor([2.0, 0.0, -200.0], grad=True), tensor([[0.0], [0.0], [0.0]])
+    each = [losses.bpr_loss(pos[r : r + 1], neg[r : r + 1]).item() for r in range(3)]
+    assert each == pytest.approx([0.126928, 0.693147, 200.0], abs=1e-6)
+    loss = losses.bpr_loss(pos, neg)
+    assert loss.item() == pytest.approx(66.940025, abs=1e-6)
+    loss.backward()
+    assert pos.grad[2] * 3 == pytest.approx(-1.0)  # the mean over three rows shares it out
+
+
+def test_several_negatives_add_up_inside_the_logarithm():  # case E15
+    assert losses.bpr_loss(tensor([0.0]), tensor([[100.0, 100.0]])).item() == pytest.approx(100.693147, abs=1e-6)
+    rows = [math.log(1 + math.exp(0.5 - 1) + math.exp(-0.5 - 1)), math.log(1 + math.exp(2 + 1) + math.exp(0 + 1))]
+    got = losses.bpr_loss(tensor([1.0, -1.0]), tensor([[0.5, -0.5], [2.0, 0.0]]))
+    assert got.item() == pytest.approx(sum(rows) / 2)
+
+
+def test_hinge_counts_only_what_comes_within_the_margin():
+    # margin 0.3: 0.3 - 1 + 0.9 = 0.2; 0.3 - 1 + 0 < 0; 0.3 - 0 + 0.1 = 0.4; 0.3 - 0 + 0.3 = 0.6
+    got = losses.hinge_loss(tensor([1.0, 0.0]), tensor([[0.9, 0.0], [0.1, 0.3]]), margin=0.3)
+    assert got.item() == pytest.approx((0.2 + 0 + 0.4 + 0.6) / 4)
+
+
+@pytest.mark.parametrize(
+    ("pos", "neg", "temperature", "expected"),
+    [(0.5, 0.1, 0.2, 0.126928), (0.3, 0.3, 0.2, 0.693147), (-1, 1, 0.005, 400.0)],
+)
+def test_contrast_does_not_overflow_at_small_temperatures(pos, neg, temperature, expected):  # case E03
+    def at(cosine):
+        return tensor([[cosine, math.sqrt(1 - cosine**2)]])
+
+    got = losses.contrast_loss(tensor([[1.0, 0.0]]), at(pos), at(neg), temperature)
+    assert got.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_l2_is_half_the_sum_of_squares_over_the_batch_size():  # case E04
+    user, pos, neg = tensor([[1, 2], [3, 4]]), tensor([[1, 0], [0, 1]]), tensor([[2, 0], [0, 2]])
+    assert 1e-4 * losses.l2_loss(user, pos, neg).item() == pytest.approx(0.001)
+    assert losses.l2_loss(user, pos, neg[:, None]).item() == pytest.approx(10.0)  # [B, n, d] with n = 1
+
+
+def test_the_mixture_is_linear_in_alpha():  # case E06
+    hard, sampled = tensor([[10.0, 0.0]]), tensor([[[0.0, 1.0]]])
+    assert losses.mix(hard, sampled, 1e-4).tolist() == [[[0.001, 0.9999]]]
+    assert losses.mix(hard, sampled, 0.0).tolist() == sampled.tolist()
+    assert losses.mix(hard, sampled, 1.0).tolist() == [[[10.0, 0.0]]]
+
+
+def test_the_anchor_moves_the_adapter_and_not_the_item():
+    hard, target = tensor([[1.0, 2.0], [0.0, 0.0]], grad=True), tensor([[0.0, 0.0], [3.0, 0.0]], grad=True)
+    loss = losses.anchor_loss(hard, target)
+    loss.backward()
+    assert loss.item() == pytest.approx((5 / 2 + 9 / 2) / 2)
+    assert hard.grad.tolist() == [[0.5, 1.0], [-1.5, 0.0]]
+    assert target.grad is None
+
+
+def test_a_batch_without_generated_negatives_gives_zero_and_not_nan():
+    nothing = torch.zeros(0, 4, requires_grad=True)
+    assert losses.contrast_loss(nothing, nothing, nothing, 0.2).item() == 0
+    assert losses.anchor_loss(nothing, nothing).item() == 0
+
+
+def test_info_nce_equals_a_loop():
+    a, b = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    total = 0.0
+    for r in range(5):
+        cosines = [float(a[r] @ b[c] / (a[r].norm() * b[c].norm())) / 0.2 for c in range(5)]
+        total -= cosines[r] - math.log(sum(math.exp(c) for c in cosines))
+    assert losses.info_nce(a, b, 0.2).item() == pytest.approx(total / 5)

@@ -1,0 +1,334 @@
+"""Negative samplers: the collected cases, slow twins on the same random stream, or exact distributions."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hnlm_ref import samplers
+from hnlm_ref.artifacts import Csr, save_npy
+from hnlm_ref.console import UserError
+from hnlm_ref.samplers import Batch, Sampler
+
+SAMPLERS = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns", "hnlm", "hnlm_matched", "hnlm_pool")
+
+
+def csr(rows, n_cols):
+    return Csr.from_pairs(
+        np.repeat(np.arange(len(rows)), [len(r) for r in rows]), np.concatenate(rows), len(rows), n_cols
+    )
+
+
+def random_train(n_users=50, n_items=40, seed=0):
+    rng = np.random.default_rng(seed)
+    return csr([rng.choice(n_items, rng.integers(1, n_items - 3), replace=False) for _ in range(n_users)], n_items)
+
+
+def random_layers(train, dim=4, n_layers=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(train.n_rows + train.n_cols, dim, generator=generator) for _ in range(n_layers)]
+
+
+def pick(sampler, pairs, layers, seed=0, epoch=1, rows=None):
+    """One batch of all `pairs`, as the training loop would make it."""
+    drawn = torch.from_numpy(sampler.draw(np.ascontiguousarray(pairs[:, 0]), seed)).long()
+    rows = torch.arange(len(pairs)) if rows is None else rows
+    batch = Batch(epoch, rows, *torch.from_numpy(pairs.astype(np.int64)).T, drawn)
+    mean = torch.stack(layers).mean(0)
+    n_users = sampler.train.n_rows
+    return batch, sampler.pick(batch, layers, mean[:n_users], mean[n_users:])
+
+
+def write_generated(folder: Path, made_for, n_items, n_matches=5, seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "pairs": np.asarray(made_for, np.int32),
+        "embeddings": rng.standard_normal((len(made_for), 8)).astype(np.float16),
+        "matches": rng.integers(0, n_items, (len(made_for), n_matches)).astype(np.int32),
+        "match_scores": np.sort(rng.random((len(made_for), n_matches), np.float32))[:, ::-1].copy(),
+    } | changes
+    folder.mkdir(exist_ok=True)
+    for name, array in arrays.items():
+        save_npy(folder / f"{name}.npy", array)
+    return folder
+
+
+def generated(folder, train, min_coverage=0.5, blocked=None):
+    return samplers.load_generated(folder, train, samplers.trainable_pairs(train), min_coverage, blocked, "cpu")
+
+
+@pytest.fixture
+def pool(case_input):
+    """The pool of case B07 as scores [B=1, n=1, M], and its items."""
+    case = json.loads(case_input("b05_pool.json").read_text(encoding="utf-8"))
+    return case["pool_items"], torch.tensor([[case["pool_scores"]]]), case
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_sampler_returns_a_training_positive(name, tmp_path):  # case B03
+    train = random_train()
+    pairs = samplers.trainable_pairs(train)
+    free = [np.setdiff1d(np.arange(40), train.row(u)) for u in pairs[:, 0]]
+    matches = np.stack([np.resize(f, 5) for f in free]).astype(np.int32)
+    made = generated(write_generated(tmp_path / "g", pairs, 40, matches=matches), train)
+    sampler = Sampler(name, train, generated=made)
+    pairs = np.repeat(pairs, 1 + 100_000 // len(pairs), axis=0)
+    rows = torch.arange(train.nnz).repeat_interleave(len(pairs) // train.nnz)
+    batch, (items, vectors) = pick(sampler, pairs, random_layers(train), rows=rows)
+    known = set(map(tuple, train.pairs().tolist()))
+    assert len(items) >= 100_000
+    assert vectors.shape == (len(pairs), 1, 4)
+    assert known.isdisjoint(zip(batch.users.tolist(), items[:, 0].tolist(), strict=True))
+
+
+def test_held_out_items_are_drawn_at_the_chance_rate():  # case B04: nothing but train is handed over
+    train = csr([[0, 1, 2], [5]], 10)
+    drawn = Sampler("uniform", train).draw(np.zeros(70_000, np.int32), 3).ravel()
+    assert np.bincount(drawn, minlength=10)[3:] / 70_000 == pytest.approx(np.full(7, 1 / 7), abs=0.01)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.75, 1.0])
+def test_popularity_draws_by_count_to_the_power_of_beta(beta):  # case B06
+    counts = np.array([8, 1, 1])
+    train = csr([[0]] * 7 + [[0, 1], [2], []], 3)  # user 7 owns items 0 and 1, user 9 nothing
+    drawn = Sampler("popularity", train, popularity_beta=beta).draw(np.repeat([9, 0], 100_000).astype(np.int32), 5)
+    everything, owner = (np.bincount(part.ravel(), minlength=3) / 100_000 for part in np.split(drawn, 2))
+    assert everything == pytest.approx(counts**beta / (counts**beta).sum(), abs=0.01)
+    assert owner == pytest.approx([0, 0.5, 0.5], abs=0.01)
+
+
+def test_dns_takes_the_hardest_and_the_first_drawn_of_a_tie(pool):  # case B07
+    items, scores, _ = pool
+    assert items[samplers.pick_hardest(scores).item()] == 9
+
+
+def test_dns_mn_draws_evenly_among_the_n_best(pool):  # case B07
+    items, scores, _ = pool
+    many = scores.expand(10_000, 1, 4)
+    torch.manual_seed(0)
+    best_two = np.array(items)[samplers.pick_among_top(many, 2).ravel()]
+    assert np.mean(best_two == 9) == pytest.approx(0.5, abs=0.02)
+    assert set(best_two) == {9, 6}
+    assert set(np.array(items)[samplers.pick_among_top(many, 1).ravel()]) == {9}
+    all_four = samplers.pick_among_top(many, 4).ravel().bincount() / 10_000
+    assert all_four.tolist() == pytest.approx([0.25] * 4, abs=0.02)
+
+
+@pytest.mark.parametrize(("pos_score", "item"), [(0.0, 4), (1.0, 4), (-0.9, 9)])
+def test_ahns_gives_high_scoring_positives_easier_negatives(pool, pos_score, item):  # case B08
+    items, scores, case = pool
+    place = samplers.pick_adaptive(scores, torch.tensor([pos_score]), **case["ahns"])
+    assert items[place.item()] == item
+
+
+def test_ahns_stays_finite_where_its_power_is_undefined():
+    scores = torch.tensor([[[0.1, 0.9]]])
+    assert samplers.pick_adaptive(scores, torch.tensor([-5.0]), 1.0, 0.1, -1.5).item() == 1  # target is huge: hardest
+
+
+@pytest.mark.parametrize("name", ["dns", "dns_mn", "ahns", "mixgcf"])
+def test_pool_samplers_equal_a_plain_loop(name):
+    train, dim = random_train(6, 12, seed=1), 4
+    layers = random_layers(train, dim)
+    pairs = samplers.trainable_pairs(train)
+    sampler = Sampler(name, train, pool_size=5, n_negatives=2, n_top=3)
+    torch.manual_seed(7)
+    batch, (items, vectors) = pick(sampler, pairs, layers)
+    torch.manual_seed(7)  # the twin reads the same stream
+    if name == "dns_mn":
+        places = torch.randint(3, (len(pairs), 2)).tolist()
+    share = torch.rand(3).tolist() if name == "mixgcf" else []
+    table = [layer.double().numpy() for layer in layers]
+    mean = sum(table) / 3
+    for r, n in itertools.product(range(len(pairs)), range(2)):
+        u, i, drawn = int(batch.users[r]), int(batch.items[r]), batch.candidates[r, n].tolist()
+        scores = [mean[u] @ mean[6 + j] for j in drawn]
+        if name == "mixgcf":
+            expected, origin = np.zeros(dim), []
+            for layer in range(3):
+                mixed = [share[layer] * table[layer][6 + i] + (1 - share[layer]) * table[layer][6 + j] for j in drawn]
+                best = int(np.argmax([mean[u] @ m for m in mixed]))
+                expected += mixed[best] / 3
+                origin.append(drawn[best])
+            assert items[r, n] == origin[0]
+            assert vectors[r, n].numpy() == pytest.approx(expected, abs=1e-5)
+            continue
+        if name == "dns":
+            j = drawn[int(np.argmax(scores))]
+        elif name == "dns_mn":
+            j = drawn[sorted(range(5), key=lambda c: -scores[c])[places[r][n]]]
+        else:
+            target = 0.1 * max(mean[u] @ mean[6 + i] + 1, 1e-6) ** -1
+            j = drawn[int(np.argmin([abs(s - target) for s in scores]))]
+        assert items[r, n] == j
+        assert vectors[r, n].numpy() == pytest.approx(mean[6 + j], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("n_rows", [1, 4])
+def test_one_row_has_the_shapes_of_many(name, n_rows, tmp_path):  # cases B09, B12
+    train = random_train()
+    made = generated(write_generated(tmp_path / "g", train.pairs(), 40), train)
+    sampler = Sampler(name, train, n_negatives=3, generated=made)
+    _, (items, vectors) = pick(sampler, train.pairs()[:n_rows], random_layers(train))
+    assert items.shape == (n_rows, 3)
+    assert vectors.shape == (n_rows, 3, 4)
+
+
+def test_a_pool_larger_than_what_is_free_repeats_candidates():  # case B11: with replacement, never short
+    train = csr([np.arange(7)], 10)
+    drawn = Sampler("dns", train, pool_size=50).draw(np.zeros(1, np.int32), 0)
+    assert drawn.shape == (1, 1, 50)
+    assert set(drawn.ravel()) == {7, 8, 9}
+
+
+def test_epochs_differ_and_a_seed_repeats_for_any_number_of_threads():  # cases B05, B13
+    users = np.arange(50, dtype=np.int32)
+    one, again, other = (
+        Sampler("dns", random_train(), n_threads=t).draw(users, s) for t, s in ((1, 7), (8, 7), (1, 8))
+    )
+    assert (one == again).all()
+    assert (one != other).any()
+
+
+# ---- the guard --------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_blocks_what_a_plain_loop_blocks():
+    train, rng = random_train(8, 30, seed=2), np.random.default_rng(3)
+    text = rng.standard_normal((30, 6)).astype(np.float32)
+    text[4] = 0  # no text
+    blocked = samplers.semantic_guard(text, train, 0.8)
+    for u in range(8):
+        near = []
+        for j in range(30):
+            norms = [max(np.linalg.norm(text[j]) * np.linalg.norm(text[i]), 1e-30) for i in train.row(u)]
+            cosines = sorted(float(text[j] @ text[i]) / norm for i, norm in zip(train.row(u), norms, strict=True))
+            near.append(np.mean(cosines[-3:]))
+        others = [near[j] for j in range(30) if j not in train.row(u)]
+        expected = [j for j in range(30) if near[j] > np.mean(others) + 0.8 * np.std(others)]
+        assert blocked.row(u).tolist() == expected
+
+
+def test_guarded_draws_are_uniform_over_what_is_left():
+    train, blocked = csr([[0], [0]], 6), csr([[1, 2], [1, 2, 3, 4, 5]], 6)
+    drawn = Sampler("dns", train, pool_size=4, blocked=blocked).draw(np.zeros(20_000, np.int32), 1)
+    assert drawn.shape == (20_000, 1, 4)
+    # A row of 12 draws holds none of the three free items with probability (2/5)^12 < 2e-5.
+    assert np.bincount(drawn.ravel(), minlength=6)[1:] / 80_000 == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3], abs=0.01)
+    everything_blocked = Sampler("uniform", train, blocked=blocked).draw(np.ones(100, np.int32), 1)
+    assert set(everything_blocked.ravel()) == {1, 2, 3, 4, 5}
+
+
+# ---- generated negatives ----------------------------------------------------------------------------------------
+
+
+def test_matched_items_are_drawn_by_temperature(tmp_path):
+    train = csr([[0]], 6)
+    scores = np.array([[0.3, 0.2, 0.1, 0.9]], np.float32)
+    folder = write_generated(
+        tmp_path / "g", [[0, 0]], 6, matches=np.array([[3, 4, 5, -1]], np.int32), match_scores=scores
+    )
+    sampler = Sampler("hnlm_matched", train, generated=generated(folder, train), match_temperature=0.1)
+    pairs = np.zeros((30_000, 2), np.int32)
+    torch.manual_seed(0)
+    _, (items, _) = pick(sampler, pairs, random_layers(train), rows=torch.zeros(30_000, dtype=torch.int64))
+    weights = np.exp([3, 2, 1])
+    assert np.bincount(items.ravel(), minlength=6) / 30_000 == pytest.approx(
+        [0, 0, 0, *weights / weights.sum()], abs=0.01
+    )
+
+
+def test_matched_share_rises_over_the_ramp(tmp_path):
+    train = csr([[0]], 1000)
+    folder = write_generated(
+        tmp_path / "g", [[0, 0]], 1000, matches=np.array([[7]], np.int32), match_scores=np.ones((1, 1), np.float32)
+    )
+    sampler = Sampler("hnlm_matched", train, generated=generated(folder, train), matched_share=0.8, n_ramp_epochs=3)
+    pairs, rows = np.zeros((20_000, 2), np.int32), torch.zeros(20_000, dtype=torch.int64)
+    for epoch, expected in ((1, 0.2), (2, 0.4), (4, 0.8), (9, 0.8)):
+        _, (items, _) = pick(sampler, pairs, random_layers(train), rows=rows, epoch=epoch)
+        assert (items == 7).float().mean().item() == pytest.approx(expected, abs=0.02)
+
+
+def test_matched_items_join_the_pool_and_win_only_when_they_score_higher(tmp_path):
+    train = random_train()
+    pairs = samplers.trainable_pairs(train)
+    folder = write_generated(tmp_path / "g", pairs, 40, n_matches=3)
+    made, layers = generated(folder, train), random_layers(train)
+    sampler = Sampler("hnlm_pool", train, generated=made, n_matched=3, pool_size=2)
+    batch, (items, _) = pick(sampler, pairs, layers)
+    mean = torch.stack(layers).mean(0)
+    for r in range(len(pairs)):
+        union = batch.candidates[r, 0].tolist() + [j for j in made.matches[r].tolist() if j >= 0]
+        best = max(float(mean[pairs[r, 0]] @ mean[50 + j]) for j in union)
+        assert float(mean[pairs[r, 0]] @ mean[50 + items[r, 0]]) == pytest.approx(best)
+
+
+def test_pairs_without_a_generated_negative_keep_the_sampled_one(tmp_path, capsys):  # case E12
+    train = random_train()
+    pairs = train.pairs()
+    some = np.sort(np.random.default_rng(0).permutation(len(pairs))[: int(0.7 * len(pairs))])
+    made = generated(write_generated(tmp_path / "g", pairs[some], 40), train)
+    assert f"generated negatives for 70.0% of {len(pairs):,} training pairs" in capsys.readouterr().err
+    has, h = made.vectors_of(torch.arange(len(pairs)))
+    assert has.tolist() == some.tolist()
+    assert h.numpy() == pytest.approx(np.load(tmp_path / "g" / "embeddings.npy").astype(np.float32))
+    missing = np.setdiff1d(np.arange(len(pairs)), some)
+    assert (made.matches_of(torch.from_numpy(missing))[0] == -1).all()
+    plain = Sampler("uniform", train)
+    for name in ("hnlm", "hnlm_matched"):
+        _, (items, _) = pick(Sampler(name, train, generated=made), pairs, random_layers(train))
+        assert (items[missing, 0].numpy() == plain.draw(pairs[:, 0].copy(), 0)[missing, 0, 0]).all()
+
+
+def test_matched_items_that_are_positives_or_guarded_are_dropped(tmp_path):  # case B15
+    train, blocked = csr([[3, 8]], 10), csr([[5]], 10)
+    folder = write_generated(
+        tmp_path / "g",
+        [[0, 3], [0, 8]],
+        10,
+        matches=np.array([[8, 4, 5]] * 2, np.int32),
+        match_scores=np.ones((2, 3), np.float32),
+    )
+    assert generated(folder, train, blocked=blocked).matches.tolist() == [[-1, 4, -1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairs": np.array([[0, 1], [1, 0]], np.int32)}, "row 1, user 1 and item 0, is no training pair"),  # E13
+        ({"pairs": np.array([[0, 1], [0, 1]], np.int32)}, "row 0, user 0 and item 1, comes twice"),
+        ({"pairs": np.array([[0, 1], [9, 1]], np.int32)}, "lies outside 2 users and 4 items"),
+        ({"pairs": np.array([[0, 1]], np.int32)}, "1 pairs, but embeddings"),
+        (
+            {"embeddings": np.array([[1, 2], [3, np.nan]], np.float16)},
+            "row 1, user 1 and item 3, holds a number that is not finite",
+        ),  # D12
+        (
+            {"embeddings": np.array([[1, 2], [5, 5]], np.float16)},
+            "row 1, user 1 and item 3, has one value throughout",
+        ),  # E14
+        ({"embeddings": np.array([1, 2], np.float16)}, "embeddings (2,)"),
+    ],
+)
+def test_generated_arrays_that_cannot_be_right_are_refused(tmp_path, changes, message):
+    train = csr([[0, 1], [3]], 4)
+    folder = write_generated(tmp_path / "g", [[0, 1], [1, 3]], 4, **changes)
+    with pytest.raises(UserError) as error:
+        generated(folder, train)
+    assert message in str(error.value)
+
+
+def test_too_small_a_coverage_is_refused_and_zero_always(tmp_path):  # cases E12, E13
+    train = csr([[0, 1], [3]], 4)
+    folder = write_generated(tmp_path / "g", [[0, 1]], 4)
+    with pytest.raises(UserError, match=r"only 33\.3% of the training pairs"):
+        generated(folder, train)
+    assert generated(folder, train, min_coverage=0.3).row_of.tolist() == [-1, 0, -1]
+    nothing = write_generated(tmp_path / "none", np.empty((0, 2), np.int32), 4)
+    with pytest.raises(UserError, match=r"only 0\.0%"):
+        generated(nothing, train, min_coverage=0.0)
