@@ -64,6 +64,9 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
 @click.group(cls=_Group)
 @click.version_option(__version__, message="hnlm-ref %(version)s")
 def main() -> None:
@@ -141,7 +144,43 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     from hnlm_ref.report import table
 
     click.echo(table(run.dir))
-    click.echo(f"run folder: {run.dir}")
+    click.echo(f"run folder: {run.dir}\nreport: {run.dir / 'eval' / 'report.html'}")
+
+
+@main.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--user", "key", metavar="KEY", help="one user: history, negatives, recommendations")
+@click.option("--json", "as_json", is_flag=True, help="for machines")
+def show(run: Path, key: str | None, as_json: bool) -> None:
+    """Print the results of a finished run, or the story of one of its users."""
+    from hnlm_ref import report
+
+    click.echo(report.show(run, key, as_json))
+
+
+@main.command()
+@click.argument("runs", type=_FOLDER, nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+def report(runs: tuple[Path, ...], out: Path) -> None:
+    """Write one HTML page on several finished runs, side by side."""
+    from hnlm_ref.report import View, write
+
+    write([View(run) for run in runs], out)
+    click.echo(out)
+
+
+@main.command()
+@click.argument("run", type=_FOLDER)
+@click.option("--what", type=click.Choice(["negatives", "embeddings", "recommendations"]), required=True)
+@click.option("--format", "kind", type=click.Choice(["csv", "parquet", "jsonl", "npz", "recbole"]), required=True)
+@click.option("--method", help="whose embeddings, lists or sampled negatives; the first method, or generated negatives")
+@click.option("--out", type=click.Path(path_type=Path), help="folder  [default: RUN/export/WHAT]")
+def export(run: Path, what: str, kind: str, method: str | None, out: Path | None) -> None:
+    """Write a finished run's results for other programs, under the raw keys of the log."""
+    from hnlm_ref.export import export
+
+    for path in export(run, what, kind, out, method):
+        click.echo(path)
 
 
 def _typed(command: StageCommand, name: str, value: Any) -> list[str]:
