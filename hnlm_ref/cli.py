@@ -36,7 +36,8 @@ def stage_file(stage: str) -> Path:
     """The one file of a stage: beside the package in the source tree, inside it in an installed wheel."""
     name = f"{STAGES.index(stage) + 1:02d}_{stage}.py"
     beside = Path(__file__).parents[1] / "stages" / name
-    return beside if beside.exists() else Path(__file__).parent / "stages" / name
+    path = beside if beside.exists() else Path(__file__).parent / "stages" / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def load_stage(stage: str) -> StageCommand:
@@ -136,11 +137,10 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
             words["seed"] = stage_run.seed
         for name, value in words.items():
             line += _typed(command, name, value)
-        say(("# done: " if is_done(run.dir / folder, key) else "$ ") + shlex.join(["python", *line[1:]]))
-        if not is_done(run.dir / folder, key):
-            done = subprocess.run(line)
-            if done.returncode:
-                raise SystemExit(done.returncode)
+        done = is_done(run.dir / folder, key)
+        say(("# done: " if done else "$ ") + shlex.join(["python", *line[1:]]))
+        if not done and (code := subprocess.run(line).returncode):
+            raise SystemExit(code)
     from hnlm_ref.report import table
 
     click.echo(table(run.dir))
