@@ -91,17 +91,14 @@ def read_logs(layouts: list[Layout], bad: Bad) -> list[Log]:
 
 
 def moment(text: str, unit: str | None) -> float:
-    """A bound in the unit of the log: a date (UTC) such as 2015-01-01, or a number in that unit already."""
+    """A bound in the unit of the log: a date (UTC) such as 2015 or 2015-01-01, or a number in that unit already."""
     try:
-        return float(text)
-    except ValueError:
-        pass
-    if unit not in TICKS:
-        raise UserError(f"{text!r} cannot be compared: the log has no dates (unit of time: {unit})")
-    try:
+        if unit not in TICKS or not re.fullmatch(r"\d{4}|\d{4}-.*", text):
+            return float(text)
         return float(np.datetime64(text, "us").astype(np.int64)) / 1e6 * TICKS[unit]
     except ValueError as error:
-        raise UserError(f"{text!r} is no date; write 2015-01-01, 2015-01-01T12:00 or a number") from error
+        dates = "a date such as 2015-01-01 or a number" if unit in TICKS else f"a number: the log's time is {unit}"
+        raise UserError(f"{text!r} cannot be compared with the times of the log; write {dates}") from error
 
 
 def keep_if(counts: dict, name: str, log: Log, mask: np.ndarray) -> Log:
@@ -118,7 +115,9 @@ def clean(log: Log, min_rating: float | None, date_from: str | None, date_to: st
             if log.time is None:
                 raise UserError(f"{name}: the log has no times")
             log = keep_if(counts, name, log, (log.time >= bound) == later)
-    if min_rating is not None and log.rating is not None:
+    if min_rating is not None and log.rating is None:
+        counts["below min_rating"] = "not applied, the log has no ratings"
+    elif min_rating is not None and log.rating is not None:
         log = keep_if(counts, "below min_rating", log, log.rating >= min_rating)
     return log
 
@@ -358,13 +357,13 @@ def read_users(train: Log, titles: list[str], n_titles: int) -> list[dict]:
 
 def read_reviews(layout: Layout, train: Log, max_chars: int) -> list[dict]:
     """Review texts of the training rows, sorted by (user, item); of two texts for one row the smaller stays."""
-    pairs = pl.DataFrame(
-        {"user": train.users.gather(train.user), "item": train.items.gather(train.item), "u": train.user}
-    )
-    pairs = pairs.with_columns(i=train.item, time=pl.Series(train.time, dtype=pl.Float64))
-    on = ["user", "item"] + ["time"] * (train.time is not None)
+    pairs = pl.DataFrame({"user": train.users.gather(train.user), "item": train.items.gather(train.item)})
+    pairs = pairs.with_columns(u=train.user, i=train.item)
+    if train.time is not None:
+        pairs = pairs.with_columns(time=train.time)
+    on = [name for name in ("user", "item", "time") if name in pairs.columns]
     found = [
-        frame.join(pairs.select(*on, "u", "i"), on=on).select("u", "i", pl.col("text").str.slice(0, max_chars))
+        frame.join(pairs, on=on).select("u", "i", pl.col("text").str.slice(0, max_chars))
         for frame in frames(layout, Bad(skip=True), text=True)
     ]
     table = pl.concat(found).drop_nulls().sort("u", "i", "text").unique(["u", "i"], keep="first", maintain_order=True)

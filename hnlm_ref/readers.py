@@ -70,10 +70,11 @@ FORMATS = {
     "sequence": Format("delimited", "\n", False, ("line",)),  # user item item ...: LightGCN, S3-Rec
     "recbole": Format("delimited", "\t"),  # typed header, user_id:token
     "json": Format("json"),
-    "csv": Format("delimited", ","),
+    "csv": Format("delimited"),
     "tsv": Format("delimited", "\t"),
     "parquet": Format("parquet"),
 }
+SEPARATORS = ("\t", "::", ",", ";", "|")  # looked for in this order; blanks last
 NO_HEADER = ("user", "item", "rating", "time")  # roles of columns without names, in a file of no format above
 
 # Files of the folders that data sets come in: log, item texts, validation and test part of a ready split.
@@ -197,12 +198,13 @@ def sniff(
         times = first[found["time"]].drop_nulls() if "time" in found else pl.Series([], dtype=pl.String)
         unit = "date" if times.dtype.is_temporal() else _unit(times.cast(pl.String).to_list(), time_unit)
         return Layout(path, "parquet", "parquet", found, unit=unit, guessed=guessed)
-    if encoding is None:
-        encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     try:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
     except LookupError as error:
         raise UserError(f"--encoding {encoding}: {error}") from error
+    if not given and "\ufffd" in text and path.name in ("u.item", "movies.dat"):  # MovieLens 100K and 1M
+        encoding, text = "latin-1", head.decode("latin-1")
     lines = [line for line in text.split("\n")[: -1 if len(head) >= HEAD else None] if line.strip()] or [text]
     if text.startswith(("[", "{\n", "{\r")):
         raise UserError(f"{path} is one JSON value; write one object a line, as `jq -c '.[]'` does for a list")
@@ -257,14 +259,14 @@ def _fields(lines: Iterable[str], sep: str, strict: bool = False) -> Any:
 def _separator(lines: list[str]) -> str:
     """The separator that cuts most lines into the same number of fields, two at least; "\n" for a ragged sequence."""
 
-    def agreement(sep: str) -> float:
+    def agreement(sep: str) -> tuple[float, int]:
         n_fields, n_lines = Counter(map(len, _fields(lines[:1000], sep))).most_common(1)[0]
-        return n_lines / len(lines[:1000]) if n_fields > 1 else 0
+        return (n_lines / len(lines[:1000]) if n_fields > 1 else 0, n_fields)
 
-    best = max(("\t", "::", ",", ";", "|"), key=agreement)
-    if agreement(best) > 0.5:
+    best = max(SEPARATORS, key=agreement)
+    if agreement(best)[0] > 0.5:
         return best
-    return " " if agreement(" ") == 1 else "\n" if len(lines[0].split()) > 1 else ","
+    return " " if agreement(" ")[0] == 1 else "\n" if len(lines[0].split()) > 1 else ","
 
 
 def _is_number(text: str) -> bool:
@@ -294,7 +296,7 @@ def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...
         r for r in ("user", "item") if r in roles and not {r, "line", "history" if r == "item" else r} & set(found)
     ]
     if lacking:
-        other = "--sep '\\t' or another --sep, " if len(names) == 1 else ""
+        other = next((f"--sep {sep!r}, " for sep in SEPARATORS if len(names) == 1 and sep in names[0]), "")
         raise UserError(
             f"{path}: no column for {' and '.join(lacking)} among the {len(names)} found ({', '.join(names)[:300]!r}); "
             f"try {other}--columns user=NAME,item=NAME or --header false"
@@ -472,9 +474,11 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     if "line" in frame.columns:  # user item item ...
         line = pl.col("line")
         frame = frame.select(user=line.str.extract(r"(\S+)"), item=line.str.replace(r"\S+", "").str.strip_chars())
-    elif "history" in frame.columns:  # RecBole: the list, then the target
-        item = pl.concat_str(*(c for c in ("history", "item") if c in frame.columns), separator=" ", ignore_nulls=True)
-        frame = frame.with_columns(item=item).drop("history")
+    elif "history" in frame.columns:  # the list (RecBole's "a b", or a Python list), then the target; ratings are its
+        past = pl.col("history").str.replace_all(r"^\[|[',\"]+\s*[',\"]*|\]$", " ")
+        past = pl.when(pl.col("history").str.starts_with("[")).then(past).otherwise("history")
+        target = [pl.col("item")] if "item" in frame.columns else []
+        frame = frame.select("user", item=pl.concat_str(past, *target, separator=" ", ignore_nulls=True))
     whys: list[Any] = []
     ids = {role: pl.col(role).cast(pl.String).str.strip_chars() for role in ("user", "item")}
     for role, value in ids.items():

@@ -73,7 +73,8 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     counts = {"format": str(layouts[0]), "rows": sum(map(len, filter(None, logs)))}
     counts |= {"bad rows skipped": len(bad.rows), "rows with blanks around an id": bad.n_trimmed}
 
-    if logs[2]:  # a ready split is taken as it is
+    if logs[2]:
+        say("[prep] a ready split is taken as it is: no filter, no k-core, no other split")
         log, part = data.ready_split(logs, counts)
     else:
         # Filter, keep each pair once, and core to the fixed point.

@@ -1,15 +1,12 @@
 """Stage 1 from end to end on small logs: cleaning, cores, splits, texts. The slow twin below says what is right."""
 
-import json
-
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hnlm_ref import data
-from hnlm_ref.artifacts import Run, load_csr, load_json, load_jsonl, load_npy
+from hnlm_ref.artifacts import Run, load_csr, load_jsonl, load_npy
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
 
@@ -75,11 +72,20 @@ def slow_prep(log, seed, min_rating, duplicates, k, how, valid_ratio, test_ratio
     pairs = sorted(best)
     draws = dict(zip(pairs, np.random.default_rng(seed).random(len(pairs)).tolist(), strict=True))
     part = {}
-    groups = [pairs] if how == "ratio-global" else [[p for p in pairs if p[0] == u] for u in sorted({u for u, _ in pairs})]
+    groups = (
+        [pairs] if how == "ratio-global" else [[p for p in pairs if p[0] == u] for u in sorted({u for u, _ in pairs})]
+    )
     if how == "time":
         groups = []
         moments = sorted(best.values())
-        cuts = [moments[min(len(pairs) - 1, int(len(pairs) * (1 - r) + 0.5))] for r in (test_ratio, valid_ratio + test_ratio)] if pairs else []
+        cuts = (
+            [
+                moments[min(len(pairs) - 1, int(len(pairs) * (1 - r) + 0.5))]
+                for r in (test_ratio, valid_ratio + test_ratio)
+            ]
+            if pairs
+            else []
+        )
         for pair in pairs:
             part[pair] = "test" if best[pair] >= cuts[0] else "valid" if best[pair] >= cuts[1] else "train"
     for group in groups:
@@ -100,7 +106,9 @@ def slow_prep(log, seed, min_rating, duplicates, k, how, valid_ratio, test_ratio
         pairs = [p for p in pairs if p in train or (p[0] in known_users and p[1] in known_items)]
     parts = {name: {p for p in pairs if part[p] == name} for name in data.PARTS}
     users, items = sorted({u for u, _ in pairs}), sorted({i for _, i in pairs})
-    histories = {u: [i for _, i in sorted((p for p in train if p[0] == u), key=lambda p: (best[p], p[1]))] for u in users}
+    histories = {
+        u: [i for _, i in sorted((p for p in train if p[0] == u), key=lambda p: (best[p], p[1]))] for u in users
+    }
     return parts, users, items, histories
 
 
@@ -112,8 +120,8 @@ RATIOS = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.4])
 
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    log=LOGS, seed=st.integers(0, 3), min_rating=st.sampled_from([1.0, 4.0]), duplicates=st.sampled_from(["first", "last"]),
-    k=st.integers(1, 3), how=HOWS, valid_ratio=RATIOS, test_ratio=RATIOS,
+    log=LOGS, seed=st.integers(0, 3), k=st.integers(1, 3), how=HOWS, valid_ratio=RATIOS, test_ratio=RATIOS,
+    min_rating=st.sampled_from([1.0, 4.0]), duplicates=st.sampled_from(["first", "last"]),
 )  # fmt: skip
 def test_small_logs_come_out_as_in_the_slow_twin(
     tmp_path, monkeypatch, log, seed, min_rating, duplicates, k, how, valid_ratio, test_ratio
@@ -131,3 +139,187 @@ def test_small_logs_come_out_as_in_the_slow_twin(
     assert {name: done.pairs(name) for name in data.PARTS} == parts
     assert (done.user_keys, done.item_keys) == (users, items)
     assert {u: done.history(u) for u in users} == histories
+
+
+# ---- collected cases ------------------------------------------------------------------------------------------------
+
+
+def test_ids_stay_text_and_blanks_around_them_are_noted(case_input, tmp_path):
+    """Case A06."""
+    done = prepare(tmp_path, case_input("a06_ids.csv"))
+    assert done.user_keys == ["007", "10124420001034504343", "10124420001034504344", "7", "7.0", "u9"]
+    assert done.item_keys == ["1", "2"] and done.counts["rows with blanks around an id"] == 1
+
+
+def test_huge_and_scattered_ids_take_no_more_rows_than_there_are_ids(tmp_path):
+    """Case A07."""
+    done = prepare(tmp_path, rows("u,5,5,1500000000", "u,4000000000,5,1500000001", "u,9,5,1500000002"))
+    assert done.item_keys == ["4000000000", "5", "9"]
+
+
+def test_separators_blanks_and_headers(case_input, tmp_path):
+    """Cases A01, A02, A19."""
+    with pytest.raises(UserError, match=r"a08_recbole.inter: no column for item among the 1 found .*--sep '\\t'"):
+        prepare(tmp_path / "comma", case_input("a08_recbole.inter"), sep=",")
+    tab = prepare(tmp_path / "tab", case_input("a08_recbole.inter"), sep="\\t")
+    assert (tab.user_keys, tab.item_keys, tab.counts["rows"]) == (["u1", "u2"], ["i1", "i2"], 3)
+    blanks = prepare(tmp_path / "blanks", case_input("a08_spaces.txt"), sep=" ", header=False)
+    assert blanks.pairs() == {("u1", "i1"), ("u1", "i2"), ("u2", "i1")}
+    excel = prepare(tmp_path / "excel", case_input("a11_bom_crlf.csv"))
+    assert excel.pairs() == {("u1", "i1"), ("u1", "i2"), ("u2", "i1")} and excel.counts["rows"] == 3
+
+
+def test_item_texts_missing_odd_and_in_latin_1(case_input, tmp_path):
+    """Cases A03, A04, A05."""
+    log = case_input("a05_inter.csv")
+    done = prepare(tmp_path / "a", log, items=str(case_input("a05_items_missing.csv")))
+    titles = ["None", "NA", "null", "", 'Bread, Butter & "Jam"', "Tom & Jerry", "", "Eight"]
+    assert [item["title"] for item in done.items] == titles
+    assert done.counts["items without title"] == 2 and done.counts["item rows outside the catalogue"] == 1
+    assert done.items[3]["profile"] == "Toys" and done.items[6]["profile"] == ""
+    with pytest.raises(UserError, match="line 2: byte 0xE9 at place 7 is no UTF-8; try --encoding latin-1"):
+        prepare(tmp_path / "b", log, items=str(case_input("a04_items_latin1.csv")))
+    done = prepare(tmp_path / "b", log, items=str(case_input("a04_items_latin1.csv")), encoding="latin-1")
+    assert done.items[0]["title"] == "Misérables (Les)"
+
+
+def test_the_core_is_taken_to_the_fixed_point_and_every_pass_is_counted(case_input, tmp_path):
+    """Case A09."""
+    done = prepare(tmp_path, case_input("a03_kcore_passes.csv"), k_core=2)
+    assert (len(done.users), len(done.items), done.counts["pairs"]) == (3, 3, 9)
+    assert done.counts["k-core passes"] == [12, 11, 10, 9]
+
+
+def test_an_empty_core_stops_prep_and_names_the_largest_k(case_input, tmp_path, cli):
+    """Case A10."""
+    done = cli("prep", "--interactions", case_input("a02_kcore_chain.csv"), "--k-core", "2", "--run-dir", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the 2-core is empty (5 rows, largest k with data left: 1)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pair_is_kept_once_after_the_rating_filter(case_input, tmp_path):
+    """Case A11."""
+    done = prepare(tmp_path, case_input("a01_dups.csv"), min_rating=4)
+    assert done.pairs() == {("u1", "i1"), ("u1", "i2"), ("u2", "i1"), ("u2", "i2")}
+    assert (done.counts["below min_rating"], done.counts["repeated pairs"]) == (1, 1)
+
+
+@pytest.mark.parametrize("unit", [1, 1000, 1_000_000, 1_000_000_000, "date"])
+def test_the_window_holds_its_start_and_not_its_end_in_every_unit(tmp_path, unit):
+    """Case A13: 2015-01-01 is 1420070400, 2018-01-01 is 1514764800."""
+    seconds = {"a": 1420070399, "b": 1420070400, "c": 1514764799, "d": 1514764800}
+    dates = {
+        "a": "2014-12-31 23:59:59",
+        "b": "2015-01-01 00:00:00",
+        "c": "2017-12-31 23:59:59",
+        "d": "2018-01-01 00:00:00",
+    }
+    lines = [f"u,{i},5,{dates[i] if unit == 'date' else t * unit}" for i, t in seconds.items()]
+    window = {"date_from": "2015-01-01", "date_to": "2018"}
+    assert prepare(tmp_path, rows(*lines), **window).item_keys == ["b", "c"]
+
+
+def test_milliseconds_are_found_and_a_mixture_is_refused(case_input, tmp_path):
+    """Cases A13, A14."""
+    done = prepare(tmp_path / "a", case_input("a07_ts_ms.csv"), date_from="2015-01-01", date_to="2018-01-01")
+    assert done.counts["pairs"] == 3 and "time in ms" in done.counts["format"]
+    with pytest.raises(UserError, match="line 3: time 1451606399000 cannot be in s"):
+        prepare(tmp_path / "b", case_input("a07_ts_mixed.csv"))
+
+
+def test_later_rows_of_unseen_users_and_items_are_counted_and_an_empty_test_is_refused(case_input, tmp_path):
+    """Cases A15, A16."""
+    log = case_input("a09_split_unseen.csv")
+    with pytest.raises(UserError, match=r"unseen users: 1, .*unseen items: 2, train: 4; choose another split"):
+        prepare(tmp_path / "a", log, split="time", test_from="1420070450")
+    done = prepare(tmp_path / "b", log, split="time", test_from="1420070404")
+    assert done.pairs("train") == {("u1", "i1"), ("u1", "i2"), ("u2", "i1")} and done.pairs("test") == {("u2", "i2")}
+    assert done.counts["rows"] == 7 == 3 + 1 + 3  # train, test, dropped
+
+
+def test_rows_in_any_order_give_the_same_files(case_input, tmp_path):
+    """Case A17: equal times go by item, and the user is told."""
+    header, *lines = case_input("a12_time_ties.csv").read_text(encoding="utf-8").splitlines()
+    one = prepare(tmp_path / "one", "\n".join([header, *lines]), split="leave-one")
+    two = prepare(tmp_path / "two", "\n".join([header, *reversed(lines)]), split="leave-one")
+    assert one.pairs("test") == two.pairs("test") == {("u1", "i5")}
+    assert one.counts["pairs at the same time as another of their user"] == 5
+    for path in sorted(one.folder.iterdir()):
+        assert path.name == "log.csv" or path.read_bytes() == (two.folder / path.name).read_bytes()
+
+
+def test_bad_rows_are_named_by_line_or_skipped(case_input, tmp_path):
+    """Case A18."""
+    log = case_input("a10_bad_rating.csv")
+    with pytest.raises(UserError, match=r"line 3: rating '—' .*line 4: no rating; line 5: time 'notatime'"):
+        prepare(tmp_path / "a", log)
+    done = prepare(tmp_path / "b", log, skip_bad_rows=True)
+    assert done.counts["rows"] == 1 and done.counts["bad rows skipped"] == 3
+
+
+def test_held_out_titles_are_in_no_profile(tmp_path):
+    """Case A20: the same for the reviews."""
+    lines = ["user,item,time,text", *(f"u,i{n},{1500000000 + n},{'TESTLEAK' if n > 7 else 'fine'}" for n in range(10))]
+    titles = ["item,title", *(f"i{n},{'TESTLEAK' if n > 7 else f'Title {n}'}" for n in range(10))]
+    (tmp_path / "items.csv").write_text("\n".join(titles), encoding="utf-8")
+    done = prepare(tmp_path, "\n".join(lines), items=str(tmp_path / "items.csv"), split="leave-two", review_chars=99)
+    assert done.users[0]["profile"].startswith('Lately took "Title 7", "Title 6"')
+    assert "TESTLEAK" not in (tmp_path / "users.jsonl").read_text(encoding="utf-8")
+    assert (tmp_path / "reviews.jsonl").read_text(encoding="utf-8").count("fine") == 8
+    assert "TESTLEAK" not in (tmp_path / "reviews.jsonl").read_text(encoding="utf-8")
+
+
+def test_users_with_1_2_and_10_rows_under_8_1_1(tmp_path):
+    """Case A21."""
+    lines = [f"u{n},i{i},5,{1500000000 + i}" for n in (1, 2, 10) for i in range(n)]
+    done = prepare(tmp_path, rows(*lines), test_ratio=0.1, valid_ratio=0.1)
+    sizes = [[int(done.csr[part].degrees()[u]) for part in data.PARTS] for u in range(3)]
+    assert dict(zip(done.user_keys, sizes, strict=True)) == {"u1": [1, 0, 0], "u2": [2, 0, 0], "u10": [8, 1, 1]}
+
+
+# ---- the rest -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("  Tom &amp; Jerry\n", "Tom & Jerry"),
+        ("&amp;quot;Best&amp;quot; &reg;", '"Best" ®'),
+        ("<b>Big</b><br/>red <a href='x'>box</a>", "Big red box"),
+        ('<span class="a-size-medium a-color-secondary a-text-normal', ""),
+        ("<script>var x = 1;</script>Plain", "Plain"),
+        ("var aPageStart = (new Date()).getTime();\nvar ue_t0=ue_t0||+new Date();", ""),
+        (".a-box-inner{ background-color:#fff } #alohaBuyBoxWidget", ""),
+        ("I <3 maths: 1 < 2 > 0, x<y", "I <3 maths: 1 < 2 > 0, x<y"),
+    ],
+)
+def test_markup_is_cleaned_and_comparisons_are_left(raw, clean):
+    assert data.clean_text(raw) == clean
+
+
+def test_published_sizes_are_printed_beside_ours_and_the_nearest_reading_named(tmp_path, capsys):
+    """Case X44: 4 users with 5 of 5 items, a fifth with one: 20 pairs in the 2-core, of them 12 (3 each) in train."""
+    lines = [f"u{u},i{i},5,{1500000000 + i}" for u in range(4) for i in range(5)] + ["u9,i0,5,1500000000"]
+    prepare(tmp_path, rows(*lines), k_core=2, valid_ratio=0.2, published=(4, 5, 12))
+    told = capsys.readouterr().err
+    assert "published: 4 5 12" in told
+    assert "nearest: 2-core to the fixed point, training pairs" in told
+    assert "20 (+66.7%)" in told and "12 (+0.0%)" in told
+
+
+def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
+    told = data.describe(str(case_input("a03_kcore_passes.csv")))
+    for part in ("csv", "time in s", "13 rows", "5 users x 5 items", "2-core: 3 users x 3 items, 9 pairs"):
+        assert part in told
+    assert "largest k with a k-core: 3" in told  # the three users' full 3 x 3 block
+    assert "3 that cannot be read" in data.describe(str(case_input("a10_bad_rating.csv")))
+
+
+def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
+    done = prepare(tmp_path, data.make_toy_log(tmp_path, 0)[0])
+    assert (len(done.users), len(done.items)) == (60, 80)
+    again = tmp_path / "again"
+    again.mkdir()
+    data.make_toy_log(again, 0)
+    assert (again / "toy.csv").read_bytes() == (tmp_path / "toy.csv").read_bytes()

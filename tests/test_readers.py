@@ -1,0 +1,288 @@
+"""Every format against counts worked out elsewhere, and every kind of broken file by its sentence."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+
+import polars as pl
+import pytest
+from test_data import HEADER, prepare, rows
+
+from hnlm_ref import readers
+from hnlm_ref.artifacts import load_jsonl
+from hnlm_ref.console import UserError
+
+# ---- real data: users, items, pairs as README of the data sets counts them -----------------------------------------
+
+TOYS, YELP, RAW = "amazon-toys-2014-5core", "yelp-2019-5core-named", "yelp-raw-subset"
+REAL = {
+    "gift-cards": ("amazon-gift-cards-2018", {}, (458, 148, 2965)),
+    "toys": (f"{TOYS}/Toys_and_Games.txt", {}, (19412, 11924, 167597)),
+    "toys by ASIN": (f"{TOYS}/user_sequence.txt.gz", {"items": f"{TOYS}/derived/items.tsv.gz"}, (19412, 11924, 167597)),
+    "cds lightgcn": ("amazon-cds-lightgcn", {}, (43169, 35648, 604475 + 172951)),
+    "games recbole": ("amazon-games-recbole", {"split": "leave-two"}, (50546, 16859, 440264)),
+    "games 5-core": ("amazon-games-recbole", {"k_core": 5}, (50335, 16428, 437772)),
+    "games 10-core": ("amazon-games-recbole", {"k_core": 10}, (5305, 3168, 84774)),
+    "beauty 2023": ("amazon-beauty-2023-5core-ratings/All_Beauty.csv", {}, (253, 356, 2535)),
+    "yelp": (f"{YELP}/Yelp.txt.gz", {}, (30431, 20033, 304524)),
+    "yelp 5-core": (f"{YELP}/Yelp.txt.gz", {"k_core": 5}, (28330, 18775, 292017)),
+    "yelp raw": (f"{RAW}/review_subset.json.gz", {"items": f"{RAW}/item_subset.json"}, (1618, 432, 3969)),
+    "ml-latest-small": ("ml-latest-small", {}, (610, 9724, 100836)),
+    "filmtrust": ("filmtrust-selfrec/ratings.txt", {}, (1508, 2071, 35494)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_data_gives_the_published_counts(shared_data, tmp_path, name):
+    path, knobs, expected = REAL[name]
+    knobs = {k: str(shared_data / v) if k == "items" else v for k, v in knobs.items()}
+    counts = prepare(tmp_path, shared_data / path, **knobs).counts
+    assert (counts["users"], counts["items"], counts["pairs"]) == expected
+
+
+def test_cds_with_titles_counts_targets_and_with_the_histories_all_pairs(shared_data, tmp_path):
+    files = sorted((shared_data / "amazon-cds-2018-titles").glob("*.csv.gz"))
+    texts = [gzip.decompress(file.read_bytes()).decode() for file in files]
+    log = tmp_path / "cds.csv"
+    log.write_text(texts[0] + texts[1].partition("\n")[2], encoding="utf-8", newline="")
+    done = prepare(tmp_path / "run", log, item_columns=("item=item_asin", "title=item_title"))
+    assert (done.counts["rows"], done.counts["users"]) == (12313, 2991)
+    assert not any("<span" in item["title"] for item in done.items)
+    histories = ("history=item_asins", "item=item_asin")
+    whole = prepare(tmp_path / "whole", log, columns=histories).counts
+    assert (whole["users"], whole["items"], whole["pairs"]) == (2991, 5590, 25682)
+    four = prepare(tmp_path / "four", log, columns=histories, k_core=4).counts
+    assert (four["users"], four["items"], four["pairs"]) == (2426, 2356, 17085)
+
+
+def test_a_ready_split_is_checked_for_overlap_and_for_ids_outside(shared_data, tmp_path):
+    counts = prepare(tmp_path / "film", shared_data / "filmtrust-selfrec").counts
+    assert counts["held-out pairs also in an earlier part"] == 1
+    assert counts["rows"] == 33750 + 1747
+    lightgcn = prepare(tmp_path / "cds", shared_data / "amazon-cds-lightgcn").counts
+    assert (lightgcn["train"], lightgcn["valid"], lightgcn["test"]) == (604475, 0, 172951)
+
+
+# ---- made-up lines of the true layouts ------------------------------------------------------------------------------
+
+AMAZON = {"reviewerID": "A1", "asin": "B1", "overall": 5.0, "unixReviewTime": 1400000000, "reviewText": "good\nbox"}
+NEWER = {"user_id": "A1", "parent_asin": "B1", "asin": "B9", "rating": 4.0, "timestamp": 1588687728923, "text": "ok"}
+META = {
+    "parent_asin": "B1",
+    "title": "Box",
+    "store": "Acme",
+    "categories": ["Toys", "Boxes"],
+    "description": [],
+    "features": ["red"],
+}
+YELP_REVIEW = {"user_id": "A1", "business_id": "B1", "stars": 4, "date": "2016-03-09 00:00:00", "text": "x"}
+LAYOUTS = {
+    "amazon-2018": (json.dumps(AMAZON), "s", "A1", "B1"),
+    "amazon-2018 of 2014": (str(AMAZON), "s", "A1", "B1"),
+    "amazon-2023": (json.dumps(NEWER), "ms", "A1", "B1"),
+    "amazon-2023-ratings": ("user_id,parent_asin,rating,timestamp\nA1,B1,5.0,1588687728923", "ms", "A1", "B1"),
+    "amazon-2018-ratings": ("B000000001,A1000000001,5.0,1400000000", "s", "A1000000001", "B000000001"),
+    "yelp": (json.dumps(YELP_REVIEW), "date", "A1", "B1"),
+    "movielens-100k": ("196\t242\t3\t881250949", "s", "196", "242"),
+    "movielens-1m": ("1::1193::5::978300760", "s", "1", "1193"),
+    "movielens": ("userId,movieId,rating,timestamp\n1,2,3.5,1112486027", "s", "1", "2"),
+    "recbole": ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t2\t3\t881250949.0", "s", "1", "2"),
+    "selfrec": ("1 2 4\n2 1 3.5", None, "1", "2"),
+    "sequence": ("u1 i3 i1 i2\nu2 i1", "order", "u1", "i3"),
+    "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
+    "tsv": ("user\titem\ttime\nu1\ti1\t2015-01-01", "date", "u1", "i1"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_a_format_is_recognised_and_its_first_row_read(tmp_path, name, ending):
+    text, unit, user, item = LAYOUTS[name]
+    path = tmp_path / "log"
+    path.write_text(text.replace("\n", ending or "\n") + ending, encoding="utf-8", newline="")
+    layout = readers.sniff(path)
+    assert (layout.format, layout.unit) == (name.split(" ")[0], unit)
+    assert readers.sniff(path, layout.format).columns == layout.columns
+    row = pl.concat(readers.frames(layout, readers.Bad())).row(0, named=True)
+    assert (row["user"], row["item"]) == (user, item)
+
+
+def test_amazon_2023_meta_gives_title_store_categories_and_features(tmp_path):
+    (tmp_path / "Toys.jsonl").write_text(json.dumps(NEWER) + "\n", encoding="utf-8")
+    (tmp_path / "meta_Toys.jsonl").write_text(json.dumps(META) + "\n", encoding="utf-8")
+    done = prepare(tmp_path, tmp_path, review_chars=100)
+    assert [(i["key"], i["title"], i["text"]) for i in done.items] == [("B1", "Box", "Acme. Toys, Boxes. red")]
+    assert load_jsonl(tmp_path / "reviews.jsonl") == [{"user": 0, "item": 0, "text": "ok"}]
+
+
+def test_amazon_2014_meta_in_python_literals_with_nested_categories(tmp_path):
+    meta = {"asin": "B1", "title": 'Tom\'s "Box"', "categories": [["Toys & Games", "Boxes"]], "price": 3.5}
+    (tmp_path / "meta.json").write_text(f"{meta}\n", encoding="utf-8")
+    (tmp_path / "log.json").write_text(f"{AMAZON}\n", encoding="utf-8")
+    done = prepare(tmp_path, tmp_path / "log.json", items=str(tmp_path / "meta.json"))
+    assert [(i["title"], i["text"]) for i in done.items] == [('Tom\'s "Box"', "Toys & Games, Boxes")]
+
+
+def test_movielens_100k_and_1m_folders_with_their_latin_1_titles(tmp_path):
+    title = "Misérables, Les (1995)"
+    for folder, files in {
+        "100k": {"u.data": "1\t7\t5\t881250949\n", "u.item": f"7|{title}|01-Jan-1995||http://x|0\n"},
+        "1m": {"ratings.dat": "1::7::5::978300760\n", "movies.dat": f"7::{title}::Drama|Musical\n"},
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text, encoding="latin-1")
+        done = prepare(tmp_path / f"{folder}-run", tmp_path / folder)
+        assert done.items[0]["title"] == title
+    assert done.items[0]["text"] == "Drama, Musical"
+
+
+def test_a_recbole_folder_with_its_three_parts_is_a_ready_split(tmp_path):
+    parts = {"train": "1 1,1 2,2 1,3 2", "valid": "1 3,2 2", "test": "1 1,3 1,2 2,4 9"}
+    for part, pairs in parts.items():
+        lines = pairs.replace(" ", "\t").replace(",", "\n")
+        (tmp_path / f"x.{part}.inter").write_text(f"user_id:token\titem_id:token\n{lines}\n", encoding="utf-8")
+    done = prepare(tmp_path / "run", tmp_path)
+    assert done.pairs("train") == {("1", "1"), ("1", "2"), ("2", "1"), ("3", "2")}
+    # item 3 and item 9 are in no training row, nor is user 4; (1, 1) stays in train, (2, 2) in valid
+    assert (done.pairs("valid"), done.pairs("test")) == ({("2", "2")}, {("3", "1")})
+    assert done.counts["held-out pairs also in an earlier part"] == 2
+    assert done.counts["held-out rows of unseen users"] == 1 and done.counts["held-out rows of unseen items"] == 2
+
+
+def test_parquet_with_whole_number_ids_and_datetimes(tmp_path):
+    times = pl.Series(["2015-01-01 00:00:01", None, "2015-01-01"]).str.to_datetime(strict=False)
+    frame = pl.DataFrame({"user": [10, 9, 10], "item": [7, 7, 8], "rating": [5.0, 4.0, 1.0], "time": times})
+    frame.write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(UserError, match="line 2: no time"):
+        prepare(tmp_path / "run", tmp_path / "log.parquet")
+    frame.with_columns(time=pl.lit(1420070401)).write_parquet(tmp_path / "log.parquet")
+    done = prepare(tmp_path / "run", tmp_path / "log.parquet", min_rating=4)
+    assert done.pairs() == {("10", "7"), ("9", "7")} and done.user_keys == ["10", "9"]
+
+
+def test_a_spreadsheet_export_in_utf_16_and_quoted_line_breaks(tmp_path):
+    text = 'user,item,text\nu1,i1,"two\nlines, ""quoted"""\nu2,i2,5" pipe\n'
+    (tmp_path / "log.csv").write_text(text, encoding="utf-16")
+    done = prepare(tmp_path / "run", tmp_path / "log.csv", review_chars=50)
+    assert done.pairs() == {("u1", "i1"), ("u2", "i2")}
+    texts = [r["text"] for r in load_jsonl(tmp_path / "run" / "reviews.jsonl")]
+    assert texts == ['two\nlines, "quoted"', '5" pipe']
+
+
+def test_blocks_cut_inside_a_quoted_field_are_put_together_again(tmp_path, monkeypatch):
+    text = "user,item,text\n" + "".join(f'u{n},i{n},"a\nb, ""c"" {"d" * (n % 7)}"\n' for n in range(300))
+    (tmp_path / "log.csv").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(readers, "BLOCK", 64)
+    found = pl.concat(readers.frames(readers.sniff(tmp_path / "log.csv"), readers.Bad(), text=True))
+    assert found["user"].to_list() == [f"u{n}" for n in range(300)]
+    assert found["text"][13] == 'a\nb, "c" dddddd'
+
+
+# ---- broken files -------------------------------------------------------------------------------------------------
+
+ONE = "u1,i1,5,1420070400"
+BROKEN = {
+    "empty": (b"", r"log is empty"),
+    "blank": (b"\n \n", r"log is empty"),
+    "only a header": (HEADER.encode(), r"holds no rows"),
+    "missing column": (b"user_id,rating\nu1,5\n", r"no column for item among the 2 found \('user_id, rating'\)"),
+    "header twice": (b"user_id,item_id,rating,rating\nu1,i1,5,5\n", r"line 1: the header names column 'rating' twice"),
+    "quote never closed": (f'{HEADER}{ONE}\n"u2,i2,5,1420070400\n{ONE}\n'.encode(), r"line 3: a quote is not closed"),
+    "NUL": (f"{HEADER}{ONE}\nu\0,i2,5,1420070400\n".encode(), r"line 3: it holds a NUL byte"),
+    "NUL in a sequence": (b"u1 i1 i2\nu2 i\x00\n", r"line 2: it holds a NUL byte"),
+    "not UTF-8": (f"{HEADER}{ONE}\n".encode() + b"\xe9,i1,5,1420070400\n", r"line 3: byte 0xE9 at place 1 .*latin-1"),
+    "too many fields": (f"{HEADER}{ONE}\n{ONE},x\n".encode(), r"line 3: 5 fields where 4 are named"),
+    "too few fields": (f"{HEADER}{ONE}\nu2,i2\n".encode(), r"line 3: no (rating|time)"),
+    "no user": (f"{HEADER}{ONE}\n ,i2,5,1420070400\n".encode(), r"line 3: no user"),
+    "mixed types": (f"{HEADER}{ONE}\nu2,i2,good,1420070400\n".encode(), r"line 3: rating 'good' is no number"),
+    "NaN": (f"{HEADER}{ONE}\nu2,i2,nan,1420070400\n".encode(), r"line 3: rating 'nan' is no number"),
+    "mixed dates": (f"{HEADER}u1,i1,5,2015-01-01\n{ONE}\n".encode(), r"line 3: time '1420070400' is no date"),
+    "mixed units": (f"{HEADER}{ONE}\nu2,i2,5,1451606399000\n".encode(), r"line 3: time 1451606399000 cannot be in s"),
+    "broken JSON": (b'{"user": "u", "item": "i"}\n{"user": \n', r"line 2: it is no JSON object"),
+    "JSON list": (b'[{"user": "u"}]', r"is one JSON value"),
+    "line breaks in a field": (f'{HEADER}"u\n1",i1,5,1\n\nu2,i2,x,1\n'.encode(), r"line 5: rating 'x' is no number"),
+    "gzip cut short": (gzip.compress((HEADER + f"{ONE}\n" * 9999).encode())[:-20], r"gzip file is cut short"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused_in_one_sentence_with_its_line(tmp_path, name):
+    content, sentence = BROKEN[name]
+    (tmp_path / "log").write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        prepare(tmp_path / "run", tmp_path / "log")
+    assert "\n" not in caught.value.message and str(tmp_path / "log") in caught.value.message
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_bad_rows_are_skipped_counted_and_listed_when_asked_for(tmp_path):
+    lines = [
+        ONE,
+        '"u2,i2,5,1420070400',
+        "u3,i3,x,1420070400",
+        "u4,i4,5,1420070400",
+        "u5,i5,5,1420070400,6",
+        "u6,i6,,1420070400",
+    ]
+    done = prepare(tmp_path, rows(*lines), skip_bad_rows=True)
+    assert done.pairs() == {("u1", "i1"), ("u4", "i4")} and done.counts["bad rows skipped"] == 4
+    listed = load_jsonl(tmp_path / "skipped.jsonl")
+    assert [(row["file"], row["line"]) for row in listed] == [("log.csv", n) for n in (3, 6, 4, 7)]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"format": "amazon-2015"}, r"no format 'amazon-2015'; did you mean 'amazon-2014|no format .*did you mean"),
+        ({"columns": ("user=who",)}, r"no column 'who' for user; it has user_id, item_id, rating, timestamp"),
+        ({"columns": ("usr=user_id",)}, r"write role=column; did you mean 'user'"),
+        ({"encoding": "latin-99"}, r"unknown encoding: latin-99"),
+        ({"date_from": "yesterday"}, r"'yesterday' cannot be compared"),
+        ({"items": "nowhere.csv"}, r"nowhere.csv: no such file"),
+        ({"sep": "\\t"}, r"no column for user and item among the 1 found .*try --sep ','"),
+    ],
+)
+def test_a_wrong_knob_is_one_sentence(tmp_path, knobs, sentence):
+    with pytest.raises(UserError, match=sentence):
+        prepare(tmp_path, rows(ONE), **knobs)
+
+
+def test_a_folder_in_place_of_a_file_and_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="a folder in which no known log is found"):
+        prepare(tmp_path / "run", tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        prepare(tmp_path / "run", tmp_path / "nothing.csv")
+
+
+def test_big_things_are_no_trouble(tmp_path):
+    """10 MB on one line, an item text of 1 MB, a user with 100,000 rows."""
+    log = [json.dumps({"user": "u0", "item": "i0", "text": "x" * 10_000_000})]
+    log += [json.dumps({"user": "u", "item": f"i{n}"}) for n in range(100_000)]
+    (tmp_path / "log.json").write_text("\n".join(log), encoding="utf-8")
+    (tmp_path / "items.csv").write_text(f"item,title,description\ni1,T,{'word ' * 200_000}\n", encoding="utf-8")
+    done = prepare(tmp_path / "run", tmp_path / "log.json", items=str(tmp_path / "items.csv"))
+    assert done.counts["pairs"] == 100_001 and done.counts["texts cut"] == 1
+    assert done.csr["train"].degrees().max() == 70_000
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written_leave_nothing(cli, tmp_path):
+    if os.geteuid() or not shutil.which("mount"):
+        pytest.skip("mounting a small tmpfs needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        log = tmp_path / "log.csv"
+        log.write_text("user,item\n" + "".join(f"user{n},item{n}\n" for n in range(5000)), encoding="utf-8")
+        done = cli("prep", "--interactions", log, "--run-dir", disk / "run")
+        assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+        assert not [path for path in disk.rglob("*") if path.is_file()]
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        done = cli("prep", "--interactions", log, "--run-dir", disk / "run")
+        assert done.returncode == 1 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
