@@ -1,0 +1,174 @@
+"""The training loop: against a plain loop in dense torch, and what it promises about epochs, seeds and checkpoints."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hnlm_ref import losses, metrics, recommender
+from hnlm_ref.artifacts import Csr
+from hnlm_ref.console import UserError
+from hnlm_ref.samplers import Sampler, trainable_pairs
+
+
+def make_log(n_users=30, n_items=25, n_per_user=7, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = np.stack([rng.permutation(n_items)[:n_per_user] for _ in range(n_users)])
+    parts = rows[:, :-2], rows[:, -2:]
+    return [Csr.from_pairs(np.repeat(np.arange(n_users), p.shape[1]), p.ravel(), n_users, n_items) for p in parts]
+
+
+class Training:
+    """A small training whose batches can be watched and whose loss can be changed."""
+
+    def __init__(self, encoder=None, extra=lambda epoch, loss: loss, **knobs):
+        self.train, self.valid = make_log()
+        torch.manual_seed(0)
+        self.encoder = encoder(self.train) if encoder else recommender.LightGCN(self.train, 6, 2)
+        self.sampler, self.extra, self.batches = Sampler("dns", self.train, pool_size=3), extra, []
+        self.model = nn.ModuleDict({"encoder": self.encoder})
+        self.knobs = {"seed": 3, "batch_size": 32, "n_epochs": 4, "lr": 0.05} | knobs
+
+    def batch_loss(self, batch, layers):
+        self.batches.append(batch)
+        user_emb, item_emb = self.encoder.split(layers)
+        _, e_j = self.sampler.pick(batch, layers, user_emb, item_emb)
+        e_u, e_i = user_emb[batch.users], item_emb[batch.items]
+        loss = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
+        return self.extra(batch.epoch, loss), {"rank": loss}
+
+    def fit(self, **knobs):
+        pairs, self.batches = trainable_pairs(self.train), []
+        return recommender.fit(
+            self.model, self.batch_loss, self.sampler.draw, pairs, self.train, self.valid, **self.knobs | knobs
+        )
+
+
+def test_the_loop_equals_a_plain_one_in_dense_torch():
+    training = Training(lambda train: recommender.Encoder(train, 6), patience=100)
+    table = training.encoder.table.detach().clone().requires_grad_()
+    optimiser = torch.optim.Adam([table], lr=0.05)
+    done = training.fit(n_epochs=3)
+    means = {epoch: [] for epoch in (1, 2, 3)}
+    for batch in training.batches:
+        optimiser.zero_grad()
+        user, item = table[batch.users], table[30 + batch.items]
+        scores = torch.stack([(user * table[30 + batch.candidates[:, 0, m]]).sum(1) for m in range(3)], 1)
+        loss = -torch.nn.functional.logsigmoid((user * item).sum(1) - scores.max(1).values).mean()
+        loss.backward()
+        optimiser.step()
+        means[batch.epoch].append(loss.item())
+        if batch.epoch == done.best_epoch:
+            best = table.detach().clone()
+    assert [line["rank"] for line in done.log] == pytest.approx([np.mean(m) for m in means.values()], rel=1e-5)
+    assert training.encoder.table.detach().numpy() == pytest.approx(best.numpy(), abs=1e-5)
+
+
+def test_every_pair_is_seen_once_an_epoch_in_a_new_order():  # cases B05, B10
+    training = Training()
+    training.fit(n_epochs=2, batch_size=149)  # 150 pairs: the last batch holds one
+    assert [len(batch.rows) for batch in training.batches] == [149, 1, 149, 1]
+    first, second = (torch.cat([b.rows for b in training.batches[k : k + 2]]) for k in (0, 2))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(150))
+    assert first.tolist() != second.tolist()
+    negatives = [
+        torch.cat([b.candidates for b in training.batches[k : k + 2]])[o.argsort()]
+        for k, o in ((0, first), (2, second))
+    ]
+    assert not torch.equal(*negatives)
+
+
+def test_data_smaller_than_a_batch_is_one_step():  # case B10
+    training = Training()
+    training.fit(n_epochs=1, batch_size=2048)
+    assert [len(batch.rows) for batch in training.batches] == [150]
+
+
+def test_training_lowers_the_loss():
+    log = Training(patience=100).fit(n_epochs=30).log
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+
+
+def test_a_tensor_outside_the_optimiser_stops_the_start():  # case E01
+    stray = nn.Parameter(torch.ones(()))
+    with pytest.raises(AssertionError, match="other tensors than the optimiser"):
+        Training(extra=lambda epoch, loss: loss * stray).fit()
+    training = Training()
+    training.model["idle"] = nn.Linear(2, 2)  # in the optimiser, but no part of the loss
+    with pytest.raises(AssertionError, match="other tensors than the optimiser"):
+        training.fit()
+
+
+def script_validation(monkeypatch, scores):
+    """Let validation give these scores in turn; the tables it was shown are kept."""
+    shown, turn = [], iter(scores)
+
+    def evaluate(user_emb, item_emb, *rest):
+        shown.append(user_emb.copy())
+        return {"ndcg@20": np.array([next(turn), np.nan])}
+
+    monkeypatch.setattr(metrics, "evaluate", evaluate)
+    return shown
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_rest(monkeypatch):  # case E09
+    shown = script_validation(monkeypatch, [0.1, 0.2, 0.3, 0.3, 0.2, 0.9])
+    training = Training(patience=2)
+    done = training.fit(n_epochs=6)
+    assert (done.best_epoch, done.epoch, done.best_score) == (3, 5, 0.3)
+    assert (recommender.embeddings(training.encoder)[0] == shown[2]).all()
+
+
+def test_patience_counts_validations_and_not_epochs(monkeypatch):
+    script_validation(monkeypatch, [0.5, 0.4, 0.3, 0.9])
+    done = Training(patience=2).fit(n_epochs=20, eval_every=3)
+    assert (done.best_epoch, done.epoch) == (3, 9)
+    assert [line["epoch"] for line in done.log if "valid_ndcg@20" in line] == [3, 6, 9]
+
+
+def test_the_first_loss_that_is_not_finite_stops_and_the_checkpoint_stays(tmp_path):  # case E11
+    checkpoint = tmp_path / "checkpoint"
+    training = Training(extra=lambda epoch, loss: loss * (torch.nan if epoch == 3 else 1))
+    with pytest.raises(UserError, match=r"epoch 3, batch 1: the loss is nan; lr 0\.05"):
+        training.fit(checkpoint=checkpoint, checkpoint_every=1)
+    mended = Training()
+    assert [line["epoch"] for line in mended.fit(checkpoint=checkpoint, n_epochs=3).log] == [1, 2, 3]
+    assert {batch.epoch for batch in mended.batches} == {3}
+
+
+def test_a_resumed_training_ends_with_the_same_bytes(tmp_path):
+    whole = Training()
+    expected = whole.fit(n_epochs=6)
+
+    def stop(epoch, loss):
+        if epoch == 4:
+            raise KeyboardInterrupt
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        Training(extra=stop).fit(n_epochs=6, checkpoint=tmp_path / "c", checkpoint_every=2)
+    resumed = Training()
+    with torch.no_grad():
+        resumed.encoder.table.zero_()  # all must come from the checkpoint
+    got = resumed.fit(n_epochs=6, checkpoint=tmp_path / "c", checkpoint_every=2)
+    assert got.log == expected.log
+    assert torch.equal(resumed.encoder.table, whole.encoder.table)
+
+
+def test_any_number_of_threads_gives_the_same_weights():  # case E07
+    tables = []
+    for n_threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(n_threads)
+        training = Training()
+        training.fit(n_threads=n_threads, batch_size=2048)
+        torch.set_num_threads(before)
+        tables.append(training.encoder.table)
+    assert torch.equal(*tables)
+
+
+def test_without_validation_pairs_the_last_epoch_is_kept():
+    training = Training()
+    training.valid = Csr.from_pairs([], [], 30, 25)
+    done = training.fit(n_epochs=3)
+    assert (done.best_epoch, done.log[-1]["valid_ndcg@20"]) == (3, None)

@@ -1,0 +1,92 @@
+"""Encoders and adapter: weights worked out by hand, gradients against autograd, one vector at a time."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hnlm_ref import recommender
+from hnlm_ref.artifacts import Csr
+from hnlm_ref.console import UserError
+from hnlm_ref.recommender import Encoder, LightGCN, SemanticAdapter
+
+
+@pytest.fixture
+def small():
+    return Csr.from_pairs([0, 0, 1, 2], [0, 1, 1, 3], 3, 4)
+
+
+def test_a_repeated_edge_counts_once(case_input):  # case E05
+    case = json.loads(case_input("e02_adj.json").read_text(encoding="utf-8"))
+    users, items = np.array(case["edges"]).T
+    encoder = LightGCN(Csr.from_pairs(users, items, 2, 2), 1, n_layers=1)
+    graph = encoder.graph.to_dense()
+    assert graph[0, 2:].tolist() == pytest.approx([0.707107, 0.5], abs=1e-6)
+    assert graph[1, 2:].tolist() == pytest.approx([0, 0.707107], abs=1e-6)
+    assert torch.equal(graph, graph.T)
+    with torch.no_grad():
+        encoder.table.fill_(1)
+    user_emb, item_emb = recommender.embeddings(encoder)
+    assert user_emb[:, 0] == pytest.approx([1.103553, 0.853553], abs=1e-6)
+    assert item_emb[:, 0] == pytest.approx([0.853553, 1.103553], abs=1e-6)
+
+
+def test_propagation_has_the_gradient_of_a_dense_product(small):
+    encoder = LightGCN(small, 5, n_layers=3)
+    weights = torch.randn(7, 5)
+    (sum(encoder.layers()) * weights).sum().backward()
+    dense, x = encoder.graph.to_dense(), encoder.table.detach().clone().requires_grad_()
+    ((x + dense @ x + dense @ dense @ x + dense @ dense @ dense @ x) * weights).sum().backward()
+    assert encoder.table.grad.numpy() == pytest.approx(x.grad.numpy(), abs=1e-6)
+
+
+def test_an_item_nobody_took_keeps_its_ego_vector_only(small):
+    encoder = LightGCN(small, 4, n_layers=2)
+    _, item_emb = recommender.embeddings(encoder)
+    assert item_emb[2] == pytest.approx(encoder.table[3 + 2].detach().numpy() / 3)
+
+
+def test_mf_scores_its_table(small):
+    encoder = Encoder(small, 4)
+    user_emb, item_emb = recommender.embeddings(encoder)
+    assert (np.concatenate([user_emb, item_emb]) == encoder.table.detach().numpy()).all()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_an_adapted_vector_does_not_depend_on_its_batch_and_is_signed(kind):  # case X13
+    torch.manual_seed(0)
+    h = 5 + torch.randn(20, 32)
+    adapter = SemanticAdapter(h.mean(0).numpy(), h.std(0).numpy(), dim=6, hidden=16, kind=kind)
+    together, alone = adapter(h), torch.cat([adapter(row[None]) for row in h])
+    assert together.shape == (20, 6)
+    assert together.detach().numpy() == pytest.approx(alone.detach().numpy(), abs=1e-5)
+    assert (together < 0).any() and (together > 0).any()
+
+
+def test_the_adapter_sees_standardised_vectors():
+    h = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    adapter = SemanticAdapter(np.float32([2, 20]), np.float32([1, 10]), dim=2, hidden=2, kind="mlp")
+    adapter.mlp = torch.nn.Identity()
+    assert adapter(h).tolist() == [[-1, -1], [1, 1]]
+
+
+def test_attention_needs_vectors_of_equal_pieces():
+    with pytest.raises(UserError, match="30 numbers are not 8 equal pieces"):
+        SemanticAdapter(np.zeros(30, np.float32), np.ones(30, np.float32), 4, 8, "attention")
+
+
+def test_warm_up_learns_two_tastes_and_repeats():
+    rng = np.random.default_rng(0)  # two tastes: even users take even items
+    users = np.repeat(np.arange(40), 8)
+    items = rng.integers(0, 20, 320) * 2 + users % 2
+    train, valid = (Csr.from_pairs(users[part], items[part], 40, 40) for part in (slice(0, None, 2), slice(1, None, 2)))
+    one, again = (
+        recommender.warm_up(train, valid, seed=1, device="cpu", dim=8, lr=0.02, n_epochs=30, patience=30)
+        for _ in range(2)
+    )
+    assert (one[0] == again[0]).all() and (one[1] == again[1]).all()
+    scores = one[0] @ one[1].T
+    same_taste = (np.arange(40)[:, None] + np.arange(40)) % 2 == 0
+    own, other = scores[same_taste].reshape(40, 20), scores[~same_taste].reshape(40, 20)
+    assert (own.mean(1) > other.mean(1)).all()

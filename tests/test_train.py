@@ -1,0 +1,225 @@
+"""Stage 4 as a user runs it, on a made-up preparation: every method, repeatable, resumable, and exact at alpha 0."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from hnlm_ref.artifacts import Csr, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
+from hnlm_ref.cli import load_stage, stage_file
+from hnlm_ref.console import UserError
+
+N_USERS, N_ITEMS, D_LLM = 40, 30, 16
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A finished prep, sft and generate (for half of the pairs), made from random numbers."""
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.permutation(N_ITEMS)[:8] for _ in range(N_USERS)])
+    train = Csr.from_pairs(np.repeat(np.arange(N_USERS), 6), rows[:, :6].ravel(), N_USERS, N_ITEMS)
+    valid = Csr.from_pairs(np.repeat(np.arange(N_USERS), 2), rows[:, 6:].ravel(), N_USERS, N_ITEMS)
+    write_prep(tmp_path, train, valid)
+    pairs = train.pairs()[::2]
+    for stage, arrays in {
+        "sft": {
+            "user_text": rng.standard_normal((N_USERS, D_LLM)).astype(np.float32),
+            "item_text": rng.standard_normal((N_ITEMS, D_LLM)).astype(np.float32),
+            "cf_user": rng.standard_normal((N_USERS, 8)).astype(np.float32),
+            "cf_item": rng.standard_normal((N_ITEMS, 8)).astype(np.float32),
+        },
+        "generate": {
+            "pairs": pairs,
+            "embeddings": rng.standard_normal((len(pairs), D_LLM)).astype(np.float16),
+            "matches": rng.integers(0, N_ITEMS, (len(pairs), 4)).astype(np.int32),
+            "match_scores": np.sort(rng.random((len(pairs), 4), np.float32))[:, ::-1].copy(),
+        },
+    }.items():
+        (tmp_path / stage).mkdir()
+        for name, array in arrays.items():
+            save_npy(tmp_path / stage / f"{name}.npy", array)
+        save_json(tmp_path / stage / "manifest.json", {"fingerprint": stage, "inputs": {"prep": "p"}, "counts": {}})
+    return tmp_path
+
+
+def write_prep(folder, train, valid):
+    prep = folder / "prep"
+    prep.mkdir()
+    for part, csr in (("train", train), ("valid", valid)):
+        save_csr(prep, part, csr)
+    save_npy(prep / "train.order.npy", np.arange(train.nnz, dtype=np.int32))
+    save_jsonl(prep / "users.jsonl", [{"user": u, "key": f"u{u}", "profile": ""} for u in range(train.n_rows)])
+    save_jsonl(
+        prep / "items.jsonl",
+        [{"item": i, "key": f"i{i}", "title": "", "text": "", "profile": ""} for i in range(train.n_cols)],
+    )
+    save_json(prep / "manifest.json", {"fingerprint": "p", "inputs": {}, "counts": {"items": train.n_cols}})
+
+
+def train(run_dir, method, *words, seed=0):
+    """Run the stage; gives its folder."""
+    preset = run_dir / "test.toml"
+    preset.write_text(
+        "[train]\nn_epochs = 3\nbatch_size = 64\ndim = 8\nadapter_hidden = 8\ncheckpoint_every = 1\n"
+        + "".join(
+            f'[methods.{name}]\nsampler = "uniform"\nenhancer = "{name}"\n'
+            for name in ("rlmrec_con", "rlmrec_gen", "kar")
+        ),
+        encoding="utf-8",
+    )
+    args = [
+        "--preset",
+        str(preset),
+        "--run-dir",
+        str(run_dir),
+        "--method",
+        method,
+        "--seed",
+        str(seed),
+        "--device",
+        "cpu",
+        *words,
+    ]
+    load_stage("train").main(args, standalone_mode=False)
+    return run_dir / "train" / method / f"seed{seed}"
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "manifest.json"}
+
+
+METHODS = [
+    *((name, []) for name in ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns")),
+    *((name, []) for name in ("hnlm", "hnlm_matched", "hnlm_pool", "rlmrec_con", "rlmrec_gen", "kar")),
+    ("dns", ["--backbone", "mf", "--guard-threshold", "1"]),
+    ("hnlm", ["--adapter-grad", "anchored", "--adapter", "attention", "--guard-threshold", "1", "--warm-start"]),
+    ("hnlm", ["--rank-loss", "hinge", "--n-negatives", "3", "--base-sampler", "dns", "--n-ramp-epochs", "2"]),
+    ("mixgcf", ["--backbone", "mf", "--n-negatives", "2", "--batch-size", "239"]),  # 240 pairs: a batch of one row
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), METHODS, ids=lambda value: " ".join(value) if isinstance(value, list) else value
+)
+def test_every_method_trains_and_writes_what_stage_5_reads(run_dir, method, words):
+    folder = train(run_dir, method, *words)
+    user, item, negatives = (load_npy(folder / f"{name}.npy") for name in ("user", "item", "negatives"))
+    log = load_jsonl(folder / "log.jsonl")
+    assert (user.shape, item.shape, user.dtype, item.dtype) == ((N_USERS, 8), (N_ITEMS, 8), np.float32, np.float32)
+    assert [line["epoch"] for line in log] == [1, 2, 3]
+    assert all(np.isfinite(list(line.values())).all() for line in log)
+    known = set(
+        map(
+            tuple,
+            Csr(*(load_npy(run_dir / "prep" / f"train.{p}.npy") for p in ("indptr", "indices")), N_ITEMS)
+            .pairs()
+            .tolist(),
+        )
+    )
+    assert set(negatives[:, 0]) == set(range(N_USERS))
+    assert known.isdisjoint(map(tuple, negatives.tolist()))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "item.npy", "log.jsonl", "manifest.json", "model.safetensors", "negatives.npy", "user.npy",
+    ]  # fmt: skip
+
+
+def test_alpha_0_repeats_the_uniform_run_exactly(run_dir):  # case E06
+    plain, mixed = files(train(run_dir, "uniform")), files(train(run_dir, "hnlm", "--mix-alpha", "0"))
+    assert plain == mixed
+    assert files(train(run_dir, "hnlm", "--mix-alpha", "0.5"))["user.npy"] != plain["user.npy"]
+
+
+def test_the_log_tells_how_large_both_parts_of_the_mixture_are(run_dir):  # case E06
+    first, second = (load_jsonl(train(run_dir, "hnlm", "--mix-alpha", a) / "log.jsonl")[0] for a in ("0.001", "0.5"))
+    assert first["norm_hard"] < 0.01 * first["norm_sampled"]
+    assert second["norm_hard"] > 0.01 * second["norm_sampled"]
+
+
+@pytest.mark.parametrize("adapter_grad", ["joint", "anchored"])
+def test_the_adapter_learns(run_dir, adapter_grad):  # case E01
+    from safetensors.numpy import load_file
+
+    words = "--adapter-grad", adapter_grad, "--n-epochs"
+    one, two = (
+        load_file(train(run_dir, "hnlm", *words, str(n), "--patience", "9") / "model.safetensors") for n in (1, 3)
+    )
+    names = [name for name in one if name.startswith("adapter.mlp")]
+    assert len(names) == 4
+    assert any((one[name] != two[name]).any() for name in names)
+
+
+def test_a_seed_repeats_and_another_differs(run_dir):  # case E07
+    first = files(train(run_dir, "hnlm_pool"))
+    assert files(train(run_dir, "hnlm_pool", "--n-threads", "1", "--patience", "99")) == first
+    assert files(train(run_dir, "hnlm_pool", seed=1))["user.npy"] != first["user.npy"]
+
+
+def test_killed_and_started_again_gives_the_same_bytes(run_dir):
+    words = ["--n-epochs", "100", "--patience", "100", "--n-threads", "1"]
+    undisturbed = train(run_dir, "hnlm", *words)
+    expected = files(undisturbed)
+    command = [
+        sys.executable,
+        str(stage_file("train")),
+        "--preset",
+        str(run_dir / "test.toml"),
+        "--device",
+        "cpu",
+        *words,
+    ]
+    command += ["--run-dir", str(run_dir), "--method", "hnlm"]
+    (undisturbed / "manifest.json").unlink()
+    process = subprocess.Popen(command)
+    checkpoint = run_dir / "train" / "hnlm" / ".seed0.partial" / "checkpoint.safetensors"
+    deadline = time.time() + 60
+    while not checkpoint.exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "going on after epoch" in done.stderr
+    assert files(undisturbed) == expected
+
+
+def test_a_user_who_took_everything_is_named_and_skipped(tmp_path, capsys):  # case B01
+    rows, items = np.array([0] * 5 + [1]), np.array([0, 1, 2, 3, 4, 0])
+    write_prep(tmp_path, Csr.from_pairs(rows, items, 2, 5), Csr.from_pairs([1], [1], 2, 5))
+    folder = train(tmp_path, "uniform")
+    assert "1 users have no item left as a negative" in (told := capsys.readouterr().err)
+    assert "'u0' (5 of 5 items seen)" in told
+    assert set(load_npy(folder / "negatives.npy")[:, 0]) == {1}
+    assert (
+        json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["counts"]["pairs skipped, no negative left"]
+        == 5
+    )
+
+
+def test_negatives_of_another_preparation_are_refused(run_dir):  # cases A22, E13
+    manifest = {"fingerprint": "g", "inputs": {"prep": "other"}, "counts": {}}
+    save_json(run_dir / "generate" / "manifest.json", manifest)
+    with pytest.raises(UserError, match="was made from prep other"):
+        train(run_dir, "hnlm")
+    (run_dir / "generate").rename(run_dir / "elsewhere")
+    with pytest.raises(UserError, match="made from prep other, this run's prep is p"):
+        train(run_dir, "hnlm", "--generate-dir", str(run_dir / "elsewhere"))
+
+
+def test_too_few_generated_pairs_are_refused_unless_allowed(run_dir):  # case E12
+    with pytest.raises(UserError, match=r"only 50\.0% of the training pairs"):
+        train(run_dir, "hnlm", "--min-coverage", "0.6")
+    folder = train(run_dir, "hnlm", "--min-coverage", "0.4")
+    assert (
+        json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["counts"]["pairs with a generated negative"]
+        == 120
+    )
+
+
+def test_a_warm_start_of_another_dimension_is_refused(run_dir):
+    with pytest.raises(UserError, match="vectors of 8 numbers, dim is 4"):
+        train(run_dir, "uniform", "--warm-start", "--dim", "4")
