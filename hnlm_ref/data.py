@@ -93,44 +93,41 @@ def read_logs(layouts: list[Layout], bad: Bad) -> list[Log]:
 def moment(text: str, unit: str | None) -> float:
     """A bound in the unit of the log: a date (UTC) such as 2015 or 2015-01-01, or a number in that unit already."""
     try:
-        if unit not in TICKS or not re.fullmatch(r"\d{4}|\d{4}-.*", text):
-            return float(text)
-        return float(np.datetime64(text, "us").astype(np.int64)) / 1e6 * TICKS[unit]
+        if unit in TICKS and re.fullmatch(r"\d{4}(-.*)?", text):
+            return float(np.datetime64(text, "us").astype(np.int64)) / 1e6 * TICKS[unit]
+        return float(text if unit else "none")
     except ValueError as error:
-        dates = "a date such as 2015-01-01 or a number" if unit in TICKS else f"a number: the log's time is {unit}"
-        raise UserError(f"{text!r} cannot be compared with the times of the log; write {dates}") from error
-
-
-def keep_if(counts: dict, name: str, log: Log, mask: np.ndarray) -> Log:
-    """The rows of the mask; how many are left out is written down under `name`."""
-    counts[name] = int(len(log) - mask.sum())
-    return log.take(mask)
+        wanted = f"it has no dates (unit of its times: {unit})" if unit not in TICKS else "write a date like 2015-01-31"
+        raise UserError(f"{text!r} cannot be compared with the times of the log; {wanted}") from error
 
 
 def clean(log: Log, min_rating: float | None, date_from: str | None, date_to: str | None, counts: dict) -> Log:
     """Rows of at least `min_rating`, from `date_from` (included) to `date_to` (excluded) (cases A11, A13)."""
-    for name, text, later in (("before date_from", date_from, True), ("not before date_to", date_to, False)):
-        if text is not None:
-            bound = moment(text, log.unit)
-            if log.time is None:
-                raise UserError(f"{name}: the log has no times")
-            log = keep_if(counts, name, log, (log.time >= bound) == later)
     if min_rating is not None and log.rating is None:
         counts["below min_rating"] = "not applied, the log has no ratings"
-    elif min_rating is not None and log.rating is not None:
-        log = keep_if(counts, "below min_rating", log, log.rating >= min_rating)
+        min_rating = None
+    for name, what, bound in (
+        ("below min_rating", "rating", min_rating),
+        ("before date_from", "time", date_from),
+        ("not before date_to", "time", date_to),
+    ):
+        if bound is not None:
+            limit = bound if isinstance(bound, float | int) else moment(bound, log.unit)
+            above = getattr(log, what) >= limit
+            counts[name] = len(log)
+            log = log.take(~above if name == "not before date_to" else above)
+            counts[name] -= len(log)
     return log
 
 
 def deduplicate(log: Log, keep: str, counts: dict) -> Log:
     """Each pair once, its "first" or "last" row in time; the result is sorted by (user, item) (case A11)."""
-    cells, time = log.cells, np.zeros(len(log)) if log.time is None else log.time
-    order = np.lexsort((time if keep == "first" else -time, cells)) if log.time is not None else np.argsort(cells)
-    cells = cells[order]
-    counts["repeated pairs"] = len(log)
-    log = log.take(order[np.r_[True, cells[1:] != cells[:-1]]]) if len(log) else log
-    counts["repeated pairs"] -= len(log)
-    return log
+    cells = log.cells
+    by = () if log.time is None else (log.time if keep == "first" else -log.time,)
+    order = np.lexsort((*by, cells))
+    kept = log.take(order[np.diff(cells[order], prepend=-1) != 0])
+    counts["repeated pairs"] = len(log) - len(kept)
+    return kept
 
 
 def k_core(log: Log, k: int, passes: list[int] | None = None, n_passes: float = float("inf")) -> Log:
@@ -266,10 +263,9 @@ def ready_split(logs: list[Log | None], counts: dict) -> tuple[Log, np.ndarray]:
         columns = [getattr(log, name) for _, log in parts]
         arrays[name] = None if any(c is None for c in columns) else np.concatenate(columns)
     log = replace(parts[0][1], rating=None, **arrays)
-    order = np.lexsort((part, log.cells))
-    cells, part = log.cells[order], part[order]
-    same_pair = np.r_[False, cells[1:] == cells[:-1]]
-    same_part = np.r_[False, part[1:] == part[:-1]]
+    order = np.lexsort((*(() if log.time is None else (log.time,)), part, log.cells))
+    part = part[order]
+    same_pair, same_part = (np.diff(values, prepend=-1) == 0 for values in (log.cells[order], part))
     counts["repeated pairs"] = int((same_pair & same_part).sum())
     counts["held-out pairs also in an earlier part"] = int((same_pair & ~same_part).sum())
     log, part = log.take(order[~same_pair]), part[~same_pair]

@@ -223,3 +223,33 @@ def test_too_few_generated_pairs_are_refused_unless_allowed(run_dir):  # case E1
 def test_a_warm_start_of_another_dimension_is_refused(run_dir):
     with pytest.raises(UserError, match="vectors of 8 numbers, dim is 4"):
         train(run_dir, "uniform", "--warm-start", "--dim", "4")
+
+
+def test_compare_tunes_on_validation_and_tests_the_choice(run_dir, cli):  # case E16
+    held_out = Csr.from_pairs(np.arange(N_USERS), np.arange(N_USERS) % N_ITEMS, N_USERS, N_ITEMS)
+    save_csr(run_dir / "prep", "test", held_out)
+    preset = run_dir / "compare.toml"
+    preset.write_text(
+        "[run]\nn_seeds = 2\nmethods = ['uniform', 'dns']\n[train]\nn_epochs = 2\ndim = 8\nbatch_size = 64\n"
+        "[grid.uniform]\nlr = [1e-4, 1e-2]\n[grid.dns]\npool_size = [2, 3]\n",
+        encoding="utf-8",
+    )
+    done = cli("compare", "--preset", preset, "--run-dir", run_dir, "--n-jobs", 2)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((run_dir / "compare.json").read_text(encoding="utf-8"))
+    for row in told["rows"]:
+        tried = told["grid"][row["method"]]
+        assert len(tried) == 2 and tried[row["chosen"]] == max(tried.values())
+        values = []
+        for seed in (0, 1):
+            per_user = load_npy(run_dir / "eval" / "per_user" / f"{row['chosen']}-seed{seed}.npy")
+            values.append(np.nanmean(per_user[3]))  # recall@10, recall@20, ndcg@10, ndcg@20, ...
+        assert row["ndcg@20"] == pytest.approx(np.mean(values))
+        assert row["ndcg@20 spread"] == pytest.approx(np.std(values, ddof=1))
+        assert row["chosen"] in done.stdout
+    a, b = (row["ndcg@20"] for row in told["rows"])
+    assert told["rows"][0]["paired"]["difference"] == pytest.approx(a - b)
+    preset.write_text("[grid.dnss]\npool_size = [2]\n", encoding="utf-8")
+    wrong = cli("compare", "--preset", preset, "--run-dir", run_dir)
+    assert wrong.returncode == 1
+    assert "did you mean 'dns'" in wrong.stderr
