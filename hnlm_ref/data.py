@@ -8,7 +8,7 @@ import html
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hnlm_ref.console import UserError
 from hnlm_ref.readers import ITEM_ROLES, Bad, Layout, frames, item_frames, locate, sniff
 
 PARTS = ("train", "valid", "test")
+PROFILE_CHARS = 300  # of an item's text in its template profile
 TICKS = {"s": 1, "date": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}  # per second
 
 
@@ -337,9 +338,6 @@ def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad,
     return records
 
 
-PROFILE_CHARS = 300  # of an item's text in its template profile
-
-
 def read_users(train: Log, titles: list[str], n_titles: int) -> list[dict]:
     """A record per user number: key and a template profile from the newest training rows only (case A20)."""
     newest: list[list[str]] = [[] for _ in train.users]
@@ -351,7 +349,7 @@ def read_users(train: Log, titles: list[str], n_titles: int) -> list[dict]:
     return [{"user": n, "key": key, "profile": p} for n, (key, p) in enumerate(zip(train.users, told, strict=True))]
 
 
-def read_reviews(layout: Layout, train: Log, max_chars: int) -> list[dict]:
+def read_reviews(layout: Layout, train: Log, max_chars: int) -> Iterator[dict]:
     """Review texts of the training rows, sorted by (user, item); of two texts for one row the smaller stays."""
     pairs = pl.DataFrame({"user": train.users.gather(train.user), "item": train.items.gather(train.item)})
     pairs = pairs.with_columns(u=train.user, i=train.item)
@@ -363,7 +361,7 @@ def read_reviews(layout: Layout, train: Log, max_chars: int) -> list[dict]:
         for frame in frames(layout, Bad(skip=True), text=True)
     ]
     table = pl.concat(found).drop_nulls().sort("u", "i", "text").unique(["u", "i"], keep="first", maintain_order=True)
-    return [{"user": u, "item": i, "text": text} for u, i, text in table.iter_rows()]
+    yield from ({"user": u, "item": i, "text": text} for u, i, text in table.iter_rows())
 
 
 # ---- looking at a file ------------------------------------------------------------------------------------------
@@ -371,31 +369,27 @@ def read_reviews(layout: Layout, train: Log, max_chars: int) -> list[dict]:
 
 def describe(path: str, **options: Any) -> str:
     """What a log is and what prep would make of it; nothing is written. `options` are those of readers.sniff."""
-    files = locate(resolve_path(path))
-    bad, assert_path = Bad(skip=True), files[0]
-    assert assert_path is not None
-    layout = sniff(assert_path, **options)
+    log_path, *others = locate(resolve_path(path))
+    bad, counts = Bad(skip=True), {}  # type: Bad, dict[str, Any]
+    layout = sniff(log_path, **options)
     (log,) = read_logs([layout], bad)
-    counts: dict[str, Any] = {}
     pairs = deduplicate(log, "first", counts)
     users, items, n = pairs.sizes()
-    lines = [f"{files[0]}", f"  {layout}"]
-    lines += [
-        f"  {name}: {file}" for name, file in zip(("item texts", "valid", "test"), files[1:], strict=True) if file
+    lines = [
+        f"{log_path}: {layout}",
+        *(f"{name}: {file}" for name, file in zip(("item texts", "valid", "test"), others, strict=True) if file),
+        f"{len(log):,} rows, {len(bad.rows):,} that cannot be read, {counts['repeated pairs']:,} repeated pairs",
+        *(f"  line {row['line']}: {row['why']}" for row in bad.rows[:10]),
+        f"{users:,} users x {items:,} items, {n:,} pairs, density {n / users / items:.2e}",
+        *(histogram("rating", log.rating) if log.rating is not None else ["no ratings"]),
     ]
-    lines += [
-        f"  {len(log):,} rows, {len(bad.rows):,} that cannot be read, {counts['repeated pairs']:,} repeated pairs"
-    ]
-    lines += [f"  line {row['line']}: {row['why']}" for row in bad.rows[:10]]
-    lines += [f"  {users:,} users x {items:,} items, {n:,} pairs, density {n / users / items:.2e}"]
-    lines += ["", *histogram("rating", log.rating)] if log.rating is not None else ["  no ratings"]
     if log.time is not None and log.unit in TICKS:
         years = (log.time / TICKS[log.unit] * 1e6).astype("datetime64[us]").astype("datetime64[Y]").astype(int) + 1970
-        lines += ["", *histogram("year", years)]
-    lines += ["", f"largest k with a k-core: {largest_k(pairs)}"]
+        lines += histogram("year", years)
+    lines.append(f"largest k with a k-core: {largest_k(pairs)}")
     for k in (2, 5, 10, 20):
-        core = k_core(pairs, k)
-        lines += ["  {}-core: {:,} users x {:,} items, {:,} pairs".format(k, *core.sizes())] if len(core) else []
+        if len(core := k_core(pairs, k)):
+            lines.append("  {}-core: {:,} users x {:,} items, {:,} pairs".format(k, *core.sizes()))
     return "\n".join(lines)
 
 

@@ -138,14 +138,14 @@ class Bad:
 # ---- what a file is ---------------------------------------------------------------------------------------------
 
 
-def locate(path: Path) -> list[Path | None]:
-    """[log, item texts, validation part, test part] of a folder with the file names of FOLDERS; a file is the log."""
+def locate(path: Path) -> tuple[Path, *tuple[Path | None, ...]]:
+    """Log, item texts, validation and test part of a folder with the file names of FOLDERS; a file is the log."""
     if not path.is_dir():
-        return [path, None, None, None]
+        return path, None, None, None
     for patterns in FOLDERS:
         found = [sorted(path.glob(pattern)) if pattern else [] for pattern in patterns]
         if len(found[0]) == 1 and (len(patterns) == 2 or found[3]):
-            return ([files[0] if files else None for files in found] + [None, None])[:4]
+            return found[0][0], *(files[0] if files else None for files in [*found[1:], [], []][:3])
     raise UserError(f"{path} is a folder in which no known log is found; name the file")
 
 
