@@ -147,6 +147,21 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     click.echo(f"run folder: {run.dir}\nreport: {run.dir / 'eval' / 'report.html'}")
 
 
+@main.command("compare", params=[*COMMON, *options(dataclasses.fields(RunConfig))])
+@click.option("--backbones", default="", help="train every method with each of these, e.g. lightgcn,mf")
+@click.option("--n-jobs", type=click.IntRange(1), default=1, show_default=True, help="trainings at a time")
+def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **params: Any) -> None:
+    """Tune every method on its [grid.METHOD], train the best with all seeds, print one table."""
+    from hnlm_ref.compare import compare
+
+    if quiet:
+        os.environ[QUIET] = "1"
+    tables = load_preset(preset)
+    run = make_run(resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params)), preset)
+    files = {stage: stage_file(stage) for stage in ("train", "eval")}
+    click.echo(compare(run, tables, files, tuple(filter(None, backbones.split(","))), n_jobs))
+
+
 @main.command()
 @click.argument("run", type=_FOLDER)
 @click.option("--user", "key", metavar="KEY", help="one user: history, negatives, recommendations")

@@ -128,8 +128,9 @@ def resolve(config: type, *layers: tuple[str, dict]) -> Any:
 
 
 def method_knobs(tables: dict[str, dict], method: str) -> dict:
-    """The overrides of a method; one without a table is the sampler of that name."""
-    return tables.get("methods", {}).get(method, {"sampler": method})
+    """The overrides of a method; one without a table is the sampler of that name. "dns@pool_size=8" changes a knob."""
+    name, *changes = method.split("@")
+    return tables.get("methods", {}).get(name, {"sampler": name}) | dict(c.partition("=")[::2] for c in changes)
 
 
 # ---- command lines ----------------------------------------------------------------------------------------------

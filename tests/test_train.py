@@ -57,7 +57,8 @@ def write_prep(folder, train, valid):
         prep / "items.jsonl",
         [{"item": i, "key": f"i{i}", "title": "", "text": "", "profile": ""} for i in range(train.n_cols)],
     )
-    save_json(prep / "manifest.json", {"fingerprint": "p", "inputs": {}, "counts": {"items": train.n_cols}})
+    counts = {"users": train.n_rows, "items": train.n_cols, "train": train.nnz, "valid": valid.nnz, "test": 0}
+    save_json(prep / "manifest.json", {"fingerprint": "p", "inputs": {}, "counts": counts})
 
 
 def train(run_dir, method, *words, seed=0):
@@ -225,10 +226,10 @@ def test_a_warm_start_of_another_dimension_is_refused(run_dir):
         train(run_dir, "uniform", "--warm-start", "--dim", "4")
 
 
-def test_compare_tunes_on_validation_and_tests_the_choice(run_dir, cli):  # case E16
-    held_out = Csr.from_pairs(np.arange(N_USERS), np.arange(N_USERS) % N_ITEMS, N_USERS, N_ITEMS)
-    save_csr(run_dir / "prep", "test", held_out)
-    preset = run_dir / "compare.toml"
+def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # case E16
+    run_dir = tmp_path / "run"
+    assert cli("prep", "--interactions", "toy", "--run-dir", run_dir).returncode == 0
+    preset = tmp_path / "compare.toml"
     preset.write_text(
         "[run]\nn_seeds = 2\nmethods = ['uniform', 'dns']\n[train]\nn_epochs = 2\ndim = 8\nbatch_size = 64\n"
         "[grid.uniform]\nlr = [1e-4, 1e-2]\n[grid.dns]\npool_size = [2, 3]\n",

@@ -1,0 +1,159 @@
+"""`hnlm-ref compare`: methods x seeds of one preset, each method tuned by the same rules, one table.
+
+    [grid.dns]
+    pool_size = [2, 4, 8]
+
+Every combination of a method's grid is trained with the first seed, under a name that says what it changes
+("dns@pool_size=8"); the one with the best NDCG@20 on validation is trained with all seeds and evaluated on test.
+Whatever is done already is skipped. Seconds per epoch are fair with --n-jobs 1 only. RUN/compare.json keeps the grid
+and its results, RUN/compare.md the table.
+"""
+
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hnlm_ref.artifacts import Run, atomic, load_json, load_npy, save_json
+from hnlm_ref.console import UserError, say
+from hnlm_ref.knobs import unknown
+
+SHARED = (
+    "backbone",
+    "dim",
+    "n_layers",
+    "lr",
+    "lambda_reg",
+    "batch_size",
+    "n_epochs",
+    "patience",
+)  # said below the table
+
+
+def settings(grid: dict[str, Any]) -> list[str]:
+    """Every combination of a grid table as a suffix of the method's name; an empty grid is the method as it is.
+
+    >>> settings({"pool_size": [2, 4], "lr": [0.01]})
+    ['@pool_size=2@lr=0.01', '@pool_size=4@lr=0.01']
+    """
+    for knob, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"preset [grid]: {knob} = {values!r}: a list of values is wanted")
+    combinations = itertools.product(*grid.values())
+    return ["".join(f"@{k}={v}" for k, v in zip(grid, values, strict=True)) for values in combinations]
+
+
+def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
+    """Run stage commands, `n_jobs` at a time; the first that fails ends it all once those running are through."""
+    with ThreadPoolExecutor(n_jobs) as pool:
+        for done in pool.map(subprocess.run, commands):
+            if done.returncode:
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(done.returncode)
+
+
+def compare(
+    run: Run, tables: dict[str, dict], stage_files: dict[str, Path], backbones: tuple[str, ...], n_jobs: int
+) -> str:
+    """Do what is missing and give the table, Markdown.
+
+    stage_files  of "train" and "eval"
+    backbones    each method is tuned and trained with each of them; none: with what the preset says
+    n_jobs       trainings at a time, the threads shared out among them; no result depends on it
+    """
+    grids: dict[str, dict] = tables.get("grid", {})
+    for name in grids:
+        if name not in run.methods:
+            raise UserError(f"preset [grid.{name}]: no such method is compared; {unknown(name, run.methods)}")
+    n_threads = max(1, (run.n_threads or os.cpu_count() or 1) // n_jobs)
+    common = ["--run-dir", str(run.dir), *(["--preset", run.preset] if run.preset else []), "--device", run.device_knob]
+
+    def train(method: str, seed: int) -> list[str]:
+        words = ["--method", method, "--seed", str(seed), "--n-threads", str(n_threads)]
+        return [sys.executable, str(stage_files["train"]), *common, *words]
+
+    # Tune: the first seed of every setting; validation says which one is kept.
+    suffixes = [f"@backbone={backbone}" for backbone in backbones] or [""]
+    tried = {
+        method + suffix: [method + suffix + setting for setting in settings(grids.get(method, {}))]
+        for suffix in suffixes
+        for method in run.methods
+    }
+    if len({len(variants) for variants in tried.values()}) > 1:
+        say("the tuning budgets differ: " + ", ".join(f"{m} {len(vs)} settings" for m, vs in tried.items()))
+    run_stages((train(variant, run.seed) for variants in tried.values() for variant in variants), n_jobs)
+
+    def manifest(variant: str, seed: int) -> dict:
+        return run.manifest(f"train/{variant}/seed{seed}")
+
+    scores = {m: {v: manifest(v, run.seed)["counts"]["valid ndcg@20"] for v in vs} for m, vs in tried.items()}
+    chosen = {method: max(found, key=lambda v: found[v]) for method, found in scores.items()}
+
+    # Train the chosen with all seeds, and evaluate.
+    seeds = range(run.seed, run.seed + run.n_seeds)
+    run_stages((train(variant, seed) for variant in chosen.values() for seed in seeds), n_jobs)
+    words = ["--methods", ",".join(chosen.values()), "--n-seeds", str(run.n_seeds), "--seed", str(run.seed)]
+    run_stages([[sys.executable, str(stage_files["eval"]), *common, *words]], 1)
+
+    # One row per method: means over users, then over seeds; the test pairs users, each the mean of its seeds.
+    from hnlm_ref import metrics
+
+    told = load_json(run.folder("eval") / "metrics.json")
+    column = f"ndcg@{max(told['k'])}"
+    per_user = {
+        method: np.mean(
+            [
+                load_npy(run.folder("eval") / "per_user" / f"{v}-seed{s}.npy")[told["columns"].index(column)]
+                for s in seeds
+            ],
+            axis=0,
+        )
+        for method, v in chosen.items()
+    }
+    rows: list[dict[str, Any]] = []
+    for method, variant in chosen.items():
+        manifests = [manifest(variant, seed) for seed in seeds]
+        row: dict[str, Any] = {"method": method, "chosen": variant, "settings tried": len(tried[method])}
+        for name in (f"recall@{max(told['k'])}", column):
+            values = [told["methods"][variant][f"seed{seed}"][name] for seed in seeds]
+            row[name] = statistics.fmean(values)
+            row[f"{name} spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        row["seconds per epoch"] = statistics.fmean(m["timing"]["seconds_per_epoch"] for m in manifests)
+        row["epochs to best"] = statistics.fmean(m["counts"]["best epoch"] for m in manifests)
+        row["knobs"] = {knob: manifests[0]["knobs"][knob] for knob in SHARED}
+        rows.append(row)
+    for row in rows:
+        others = [other for other in rows if other is not row]
+        if others:
+            best = max(others, key=lambda other: other[column])["method"]
+            row["best other"], row["paired"] = best, metrics.compare(per_user[row["method"]], per_user[best])
+    save_json(run.dir / "compare.json", {"grid": scores, "rows": rows})
+    text = lay_out(rows, column)
+    with atomic(run.dir / "compare.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return text
+
+
+def lay_out(rows: list[dict], column: str) -> str:
+    """The rows as a Markdown table, and below it the knobs of each method (case E16)."""
+    recall = column.replace("ndcg", "recall")
+    lines = [
+        f"| method | {recall} | {column} | s/epoch | best epoch | settings tried | {column} against the best other |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        both = [f"{row[name]:.4f} ± {row[f'{name} spread']:.4f}" for name in (recall, column)]
+        against = "-"
+        if "paired" in row:
+            against = f"{row['paired']['difference']:+.4f} to {row['best other']}, p = {row['paired']['p']:.4f}"
+        cells = [row["chosen"], *both, f"{row['seconds per epoch']:.2f}", f"{row['epochs to best']:.0f}"]
+        lines.append(f"| {' | '.join([*cells, str(row['settings tried']), against])} |")
+    lines += ["", *(f"{row['method']}: {', '.join(f'{k} {v}' for k, v in row['knobs'].items())}" for row in rows)]
+    return "\n".join(lines) + "\n"
