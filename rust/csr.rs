@@ -48,6 +48,11 @@ impl<'a> CsrView<'a> {
         self.indptr.len() - 1
     }
 
+    /// The items of all rows, unchecked.
+    pub fn items(&self) -> &'a [i32] {
+        self.indices
+    }
+
     pub fn nnz(&self) -> usize {
         self.indices.len()
     }

@@ -6,9 +6,9 @@ use rayon::prelude::*;
 
 use crate::csr::{CsrView, check_users};
 use crate::error::{Error, Result};
-use crate::scan::{State, Vectors, scan};
+use crate::scan::{Hits, State, Vectors, scan};
 use crate::simd::Kernel;
-use crate::topk::Best;
+use crate::topk::{Best, natural_order};
 
 /// Which cosines count: from `min` to `max`, both included.
 #[derive(Clone, Copy)]
@@ -34,11 +34,12 @@ impl State for Nearest<'_> {
         self.best.start(query, kernel);
     }
 
-    fn offer(&mut self, item: i32, score: f32) {
-        let cosine = score.clamp(-1.0, 1.0);
-        if cosine <= self.max && self.item_norms[item as usize] > 0.0 {
-            self.best.offer(item, cosine);
-        }
+    fn offer(&mut self, hits: Hits) {
+        let (max, norms) = (self.max, self.item_norms);
+        self.best.take(hits, |item, score| {
+            let cosine = score.clamp(-1.0, 1.0);
+            (cosine <= max && norms[item as usize] > 0.0).then_some(cosine)
+        });
     }
 
     fn finish(self) {
@@ -68,7 +69,7 @@ pub fn match_items(
         let best = Best::new(excluded.row(users[query] as usize)?, floor, items, scores);
         Ok(Nearest { best, max: band.max, item_norms: &item_norms })
     });
-    scan(&queries, &catalogue, Best::bytes(k), states)
+    scan(&queries, &catalogue, &natural_order(catalogue.len), Best::bytes(k), states)
 }
 
 /// The `k` catalogue titles most like each title, by the Dice coefficient of their trigram sets,
@@ -99,10 +100,12 @@ pub fn match_titles(
             touched.sort_unstable();
             touched.dedup();
             let mut best = Best::new(excluded.row(users[query] as usize)?, min_similarity, items, scores);
-            for item in touched {
-                let shared = std::mem::take(&mut common[item as usize]);
-                let size = own.len() + grams[item as usize].len();
-                best.offer(item, (2 * shared) as f32 / size as f32);
+            for some in touched.chunks(64) {
+                let likeness = some.iter().map(|&item| {
+                    let shared = std::mem::take(&mut common[item as usize]);
+                    (item, (2 * shared) as f32 / (own.len() + grams[item as usize].len()) as f32)
+                });
+                best.take(likeness, |_, likeness| (likeness >= min_similarity).then_some(likeness));
             }
             best.finish();
             Ok::<(), Error>(())

@@ -14,7 +14,7 @@ use crate::csr::CsrView;
 use crate::error::{Error, Result};
 use crate::matching::Band;
 use crate::scan::{Values, Vectors};
-use crate::{candidates, matching, metrics, threads, topk};
+use crate::{candidates, matching, metrics, simd, threads, topk};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -509,6 +509,22 @@ fn user_metrics<'py>(
     shaped(py, out, shape)
 }
 
+/// Names of the kernels this processor can run, widest first: "avx512", "avx2", "neon", "plain".
+#[pyfunction]
+fn kernels() -> Vec<&'static str> {
+    simd::available()
+}
+
+/// Make all later calls use one of `kernels()`; for tests and benches. ValueError for any other name.
+#[pyfunction]
+fn use_kernel(name: &str) -> PyResult<()> {
+    if simd::choose(name) {
+        return Ok(());
+    }
+    let expected = "one of kernels()";
+    Err(Error::Argument { name: "name", found: name.into(), expected }.into())
+}
+
 /// Whether the extension was built without optimisation; benches refuse such a build.
 #[pyfunction]
 fn is_debug_build() -> bool {
@@ -519,7 +535,7 @@ fn is_debug_build() -> bool {
 mod _core {
     #[pymodule_export]
     use super::{
-        filter_candidates, is_debug_build, match_items, match_titles, ranks_in_lists, sample_popularity,
-        sample_uniform, test_ranks, topk_py, topk_scores, user_metrics,
+        filter_candidates, is_debug_build, kernels, match_items, match_titles, ranks_in_lists, sample_popularity,
+        sample_uniform, test_ranks, topk_py, topk_scores, use_kernel, user_metrics,
     };
 }

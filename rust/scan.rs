@@ -77,39 +77,61 @@ impl<'a> Vectors<'a> {
     }
 }
 
+/// Some scores of one query that reached its threshold: those of the set `bits`.
+pub struct Hits<'a> {
+    pub bits: u64,
+    pub scores: &'a [f32],
+    pub items: &'a [i32],
+}
+
+impl Iterator for Hits<'_> {
+    type Item = (i32, f32);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<(i32, f32)> {
+        let at = self.bits.trailing_zeros() as usize;
+        let hit = (*self.items.get(at)?, *self.scores.get(at)?);
+        self.bits &= self.bits.wrapping_sub(1);
+        Some(hit)
+    }
+}
+
 /// What is kept of one query's scores.
 pub trait State: Send {
     /// Scores below this are of no interest any more; infinity ends the scan of this query.
     fn threshold(&self) -> f32;
     /// Called once before the first score, with the query and the kernel in use.
     fn start(&mut self, query: &[f32], kernel: &Kernel);
-    /// A score that reached the threshold. Items come in ascending order.
-    fn offer(&mut self, item: i32, score: f32);
+    /// Scores that reached the threshold, in the order of the scan, at most 64.
+    fn offer(&mut self, hits: Hits);
     /// Called once after the last score.
     fn finish(self);
 }
 
-/// Passes every query over every item. State `q` of the iterator belongs to query `q`, and takes
-/// about `state_bytes` while it is alive.
+/// Passes every query over every item, in the order of `order`. State `q` of the iterator belongs
+/// to query `q`, and takes about `state_bytes` while it is alive.
 pub fn scan<S: State>(
     queries: &Vectors,
     items: &Vectors,
+    order: &[i32],
     state_bytes: usize,
     states: impl Iterator<Item = Result<S>>,
 ) -> Result<()> {
     let kernel = simd::kernel();
     let batch = (STATE_BYTES / (state_bytes + size_of::<S>())).clamp(64, 1 << 14);
     let block = (PANEL_BYTES / (4 * items.dim.max(1) * kernel.cols)).max(1) * kernel.cols;
-    let mut panels = Panels::default();
+    let group = (QUERY_BYTES / (4 * items.dim.max(1))).clamp(1, 128).next_multiple_of(kernel.rows);
+    let mut panels = Panels { kernel, dim: items.dim, values: Vec::new(), items: &[] };
     let mut states = states.peekable();
     let mut first = 0;
     while states.peek().is_some() {
         let mut alive: Vec<S> = states.by_ref().take(batch).collect::<Result<_>>()?;
-        for start in (0..items.len.max(1)).step_by(block) {
-            panels.pack(kernel, items, start..items.len.min(start + block));
-            let group = (QUERY_BYTES / (4 * items.dim.max(1))).clamp(1, 64).next_multiple_of(kernel.rows);
+        for (b, part) in order.chunks(block).enumerate() {
+            if first == 0 || order.len() > block {
+                panels.pack(items, part);
+            }
             alive.par_chunks_mut(group).enumerate().for_each(|(g, states)| {
-                scan_group(kernel, queries, first + g * group, states, &panels);
+                scan_group(&panels, queries, first + g * group, states, b == 0);
             });
         }
         first += alive.len();
@@ -119,70 +141,101 @@ pub fn scan<S: State>(
 }
 
 /// A block of items, `kernel.cols` side by side: dimension after dimension, item after item.
-#[derive(Default)]
-struct Panels {
+struct Panels<'a> {
+    kernel: &'static Kernel,
+    dim: usize,
     values: Vec<f32>,
-    items: std::ops::Range<usize>,
+    items: &'a [i32],
 }
 
-impl Panels {
-    fn pack(&mut self, kernel: &Kernel, items: &Vectors, span: std::ops::Range<usize>) {
-        if self.items == span && !self.values.is_empty() {
-            return;
-        }
-        let (width, size) = (kernel.cols, kernel.cols * items.dim);
-        self.values.resize(span.len().div_ceil(width) * size, 0.0);
-        self.items = span.clone();
-        self.values.par_chunks_mut(size.max(1)).enumerate().for_each_init(
+impl<'a> Panels<'a> {
+    fn pack(&mut self, items: &Vectors, part: &'a [i32]) {
+        let (width, size) = (self.kernel.cols, self.kernel.cols * self.dim);
+        self.items = part;
+        self.values.resize(part.len().div_ceil(width) * size, 0.0);
+        self.values.par_chunks_mut(size.max(1)).zip(part.par_chunks(width)).for_each_init(
             || vec![0.0; items.dim],
-            |row, (p, panel)| {
-                for c in 0..width {
-                    let item = span.start + p * width + c;
-                    if item < span.end {
-                        items.read(item, row)
-                    } else {
-                        row.fill(0.0)
-                    }
-                    row.iter().enumerate().for_each(|(k, &value)| panel[k * width + c] = value);
+            |row, (panel, part)| {
+                panel[..].fill(0.0);
+                for (c, &item) in part.iter().enumerate() {
+                    items.read(item as usize, row);
+                    row.iter().zip(panel[c..].iter_mut().step_by(width)).for_each(|(&value, slot)| *slot = value);
                 }
             },
         );
     }
+
+    fn panel(&self, p: usize) -> &[f32] {
+        let size = self.kernel.cols * self.dim;
+        &self.values[p * size..(p + 1) * size]
+    }
 }
 
-fn scan_group<S: State>(kernel: &Kernel, queries: &Vectors, first: usize, states: &mut [S], panels: &Panels) {
-    let (rows, cols, dim) = (kernel.rows, kernel.cols, queries.dim);
-    let mut packed = vec![0.0; states.len().div_ceil(rows) * rows * dim];
-    let mut row = vec![0.0; dim];
+/// One group of queries against one block of panels. Queries that are done (see
+/// [`State::threshold`]) leave between two parts of the block, and the others close the ranks; the
+/// parts start small, since many leave early, and grow to what the cache holds.
+fn scan_group<S: State>(panels: &Panels, queries: &Vectors, first: usize, states: &mut [S], is_start: bool) {
+    let (kernel, dim) = (panels.kernel, panels.dim);
+    let mut rows: Vec<f32> = vec![0.0; states.len() * dim];
     for (q, state) in states.iter_mut().enumerate() {
-        queries.read(first + q, &mut row);
-        if panels.items.start == 0 {
-            state.start(&row, kernel);
+        let row = &mut rows[q * dim..(q + 1) * dim];
+        queries.read(first + q, row);
+        if is_start {
+            state.start(row, kernel);
         }
-        let tile = &mut packed[q / rows * rows * dim..];
-        row.iter().enumerate().for_each(|(k, &value)| tile[k * rows + q % rows] = value);
     }
-    let size = cols * dim;
-    let per_cache = (CACHE_BYTES / (4 * size.max(1))).max(1);
-    let (mut scores, mut hits, mut thresholds) = (vec![0.0; rows * cols], vec![0; rows], vec![f32::INFINITY; rows]);
-    let n_panels = panels.items.len().div_ceil(cols);
-    for block in (0..n_panels).step_by(per_cache) {
-        for (tile, states) in states.chunks_mut(rows).enumerate() {
-            thresholds.fill(f32::INFINITY);
-            thresholds.iter_mut().zip(&*states).for_each(|(threshold, state)| *threshold = state.threshold());
-            for p in block..n_panels.min(block + per_cache) {
-                let queries = &packed[tile * rows * dim..(tile + 1) * rows * dim];
-                kernel.tile(queries, &panels.values[p * size..(p + 1) * size], &thresholds, &mut scores, &mut hits);
-                let start = panels.items.start + p * cols;
-                let real = u64::MAX >> (64 - cols.min(panels.items.end - start));
-                for (r, state) in states.iter_mut().enumerate() {
-                    let mut bits = hits[r] & real;
-                    while bits != 0 {
-                        let c = bits.trailing_zeros() as usize;
-                        state.offer((start + c) as i32, scores[r * cols + c]);
-                        thresholds[r] = state.threshold();
-                        bits &= bits - 1;
-                    }
+    let mut active: Vec<(&[f32], &mut S)> =
+        states.iter_mut().enumerate().map(|(q, state)| (&rows[q * dim..(q + 1) * dim], state)).collect();
+    let n_panels = panels.items.len().div_ceil(kernel.cols);
+    let most = (CACHE_BYTES / (4 * kernel.cols * dim.max(1))).max(1);
+    let (mut start, mut length) = (0, if is_start { 4 } else { most });
+    let mut tile = TileBuffer::new(kernel, dim);
+    while start < n_panels && !active.is_empty() {
+        let end = n_panels.min(start + length.min(most));
+        for queries in active.chunks_mut(kernel.rows) {
+            tile.pass(panels, start..end, queries);
+        }
+        active.retain(|(_, state)| state.threshold() < f32::INFINITY);
+        (start, length) = (end, 2 * length);
+    }
+}
+
+/// The queries, thresholds and results of one tile.
+struct TileBuffer {
+    queries: Vec<f32>,
+    thresholds: Vec<f32>,
+    scores: Vec<f32>,
+    hits: Vec<u64>,
+}
+
+impl TileBuffer {
+    fn new(kernel: &Kernel, dim: usize) -> Self {
+        Self {
+            queries: vec![0.0; kernel.rows * dim],
+            thresholds: vec![f32::INFINITY; kernel.rows],
+            scores: vec![0.0; kernel.rows * kernel.cols],
+            hits: vec![0; kernel.rows],
+        }
+    }
+
+    fn pass<S: State>(&mut self, panels: &Panels, span: std::ops::Range<usize>, queries: &mut [(&[f32], &mut S)]) {
+        let (kernel, dim) = (panels.kernel, panels.dim);
+        self.thresholds.fill(f32::INFINITY);
+        for (r, (query, state)) in queries.iter().enumerate() {
+            self.thresholds[r] = state.threshold();
+            let column = self.queries[r..].iter_mut().step_by(kernel.rows);
+            query.iter().zip(column).for_each(|(&value, slot)| *slot = value);
+        }
+        for p in span {
+            if !kernel.tile(dim, &self.queries, panels.panel(p), &self.thresholds, &mut self.scores, &mut self.hits) {
+                continue;
+            }
+            let items = &panels.items[p * kernel.cols..panels.items.len().min((p + 1) * kernel.cols)];
+            for (r, (_, state)) in queries.iter_mut().enumerate() {
+                let bits = self.hits[r] & (u64::MAX >> (64 - items.len()));
+                if bits != 0 {
+                    state.offer(Hits { bits, scores: &self.scores[r * kernel.cols..(r + 1) * kernel.cols], items });
+                    self.thresholds[r] = state.threshold();
                 }
             }
         }

@@ -1,39 +1,238 @@
 //! The tile product: scores of a few queries against one panel of items, and which of them pass.
+//!
+//! The only file with `unsafe`. Two reasons: vector instructions that the processor has to be
+//! asked for first ([`kernel`] does), and pointers in the innermost loop, whose bounds
+//! [`Kernel::tile`] checks once per tile.
+
+use std::array::from_fn;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// One vector register of `f32`, as the tile needs it.
+///
+/// # Safety
+/// The processor has the instructions behind the implementation; pointers reach `N` numbers.
+trait Lanes {
+    type Vector: Copy;
+    const N: usize;
+    unsafe fn splat(value: f32) -> Self::Vector;
+    unsafe fn load(from: *const f32) -> Self::Vector;
+    unsafe fn store(vector: Self::Vector, to: *mut f32);
+    /// `a * b + c`, rounded once (only [`Plain`] rounds the product, too).
+    unsafe fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// Bit `n` says whether lane `n` of `a` is at least that of `b`.
+    unsafe fn at_least(a: Self::Vector, b: Self::Vector) -> u64;
+}
+
+struct Plain;
+
+impl Lanes for Plain {
+    type Vector = [f32; 4];
+    const N: usize = 4;
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> [f32; 4] {
+        [value; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> [f32; 4] {
+        unsafe { from.cast::<[f32; 4]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn store(vector: [f32; 4], to: *mut f32) {
+        unsafe { to.cast::<[f32; 4]>().write(vector) }
+    }
+    #[inline(always)]
+    unsafe fn multiply_add(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        from_fn(|n| a[n] * b[n] + c[n])
+    }
+    #[inline(always)]
+    unsafe fn at_least(a: [f32; 4], b: [f32; 4]) -> u64 {
+        (0..4).map(|n| u64::from(a[n] >= b[n]) << n).sum()
+    }
+}
+
+/// Writes the five operations of a processor's vector type.
+macro_rules! lanes {
+    ($name:ident, $vector:ty, $n:literal, $splat:ident, $load:ident, $store:ident,
+     |$a:ident, $b:ident, $c:ident| $multiply_add:expr, |$x:ident, $y:ident| $at_least:expr) => {
+        struct $name;
+        impl Lanes for $name {
+            type Vector = $vector;
+            const N: usize = $n;
+            #[inline(always)]
+            unsafe fn splat(value: f32) -> $vector {
+                unsafe { $splat(value) }
+            }
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> $vector {
+                unsafe { $load(from) }
+            }
+            #[inline(always)]
+            unsafe fn store(vector: $vector, to: *mut f32) {
+                unsafe { $store(to, vector) }
+            }
+            #[inline(always)]
+            unsafe fn multiply_add($a: $vector, $b: $vector, $c: $vector) -> $vector {
+                unsafe { $multiply_add }
+            }
+            #[inline(always)]
+            unsafe fn at_least($x: $vector, $y: $vector) -> u64 {
+                unsafe { $at_least }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+#[cfg(target_arch = "x86_64")]
+lanes!(
+    Avx512,
+    __m512,
+    16,
+    _mm512_set1_ps,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    |a, b, c| _mm512_fmadd_ps(a, b, c),
+    |x, y| u64::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, y))
+);
+#[cfg(target_arch = "x86_64")]
+lanes!(
+    Avx2,
+    __m256,
+    8,
+    _mm256_set1_ps,
+    _mm256_loadu_ps,
+    _mm256_storeu_ps,
+    |a, b, c| _mm256_fmadd_ps(a, b, c),
+    |x, y| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x, y)) as u64
+);
+
+#[cfg(target_arch = "aarch64")]
+use std::arch::aarch64::*;
+#[cfg(target_arch = "aarch64")]
+lanes!(Neon, float32x4_t, 4, vdupq_n_f32, vld1q_f32, vst1q_f32, |a, b, c| vfmaq_f32(c, a, b), |x, y| u64::from(
+    vaddvq_u32(vandq_u32(vcgeq_f32(x, y), vld1q_u32([1, 2, 4, 8].as_ptr())))
+));
+
+/// Arguments of a tile: numbers per vector, queries, panel, thresholds, scores, hits.
+type Tile = unsafe fn(usize, *const f32, *const f32, &[f32], &mut [f32], &mut [u64]) -> bool;
 
 /// One way of computing a tile of `rows` queries by `cols` items.
 pub struct Kernel {
     pub name: &'static str,
     pub rows: usize,
     pub cols: usize,
+    tile: Tile,
+    available: fn() -> bool,
 }
 
-const PLAIN: Kernel = Kernel { name: "plain", rows: 4, cols: 16 };
+/// `R` queries by `C` vectors of items: the sums stay in registers over all dimensions, so each
+/// number loaded is used `R` or `C * N` times. With 32 registers 14 x 2 sums leave room for the
+/// two vectors of items and the query that they are multiplied with.
+#[inline(always)]
+unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
+    dim: usize,
+    queries: *const f32,
+    panel: *const f32,
+    thresholds: &[f32],
+    scores: &mut [f32],
+    hits: &mut [u64],
+) -> bool {
+    unsafe {
+        let mut sums = [[L::splat(0.0); C]; R];
+        for k in 0..dim {
+            let items: [L::Vector; C] = from_fn(|c| L::load(panel.add((k * C + c) * L::N)));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let query = L::splat(*queries.add(k * R + r));
+                for c in 0..C {
+                    sums[c] = L::multiply_add(query, items[c], sums[c]);
+                }
+            }
+        }
+        let mut any = 0;
+        for (r, sums) in sums.iter().enumerate() {
+            let threshold = L::splat(thresholds[r]);
+            let bits = |c: usize| L::at_least(sums[c], threshold) << (c * L::N);
+            hits[r] = (0..C).map(bits).sum();
+            any |= hits[r];
+            if hits[r] != 0 {
+                (0..C).for_each(|c| L::store(sums[c], scores[(r * C + c) * L::N..].as_mut_ptr()));
+            }
+        }
+        any != 0
+    }
+}
 
-/// The widest kernel of this processor.
+/// A kernel compiled with the processor's features switched on.
+macro_rules! kernel {
+    ($name:literal, $function:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
+        $(#[target_feature(enable = $feature)])?
+        unsafe fn $function(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
+            unsafe { tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
+        }
+        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $function, available: || $available }
+    }};
+}
+
+/// All kernels of this kind of processor, widest first.
+static KERNELS: &[Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    kernel!("avx512", avx512, Avx512, 14 x 2, is_x86_feature_detected!("avx512f"), "avx512f"),
+    #[cfg(target_arch = "x86_64")]
+    kernel!("avx2", avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
+    #[cfg(target_arch = "aarch64")]
+    kernel!("neon", neon, Neon, 6 x 4, true, "neon"),
+    kernel!("plain", plain, Plain, 4 x 2, true),
+];
+
+/// The kernel in use, as one more than its place in `KERNELS`; 0 before the first question.
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+
+/// The widest kernel of this processor, or the one that was asked for.
 pub fn kernel() -> &'static Kernel {
-    &PLAIN
+    let known = IN_USE.load(Ordering::Relaxed);
+    if known > 0 {
+        return &KERNELS[known - 1];
+    }
+    let widest = KERNELS.iter().position(|kernel| (kernel.available)()).unwrap_or(KERNELS.len() - 1);
+    IN_USE.store(widest + 1, Ordering::Relaxed);
+    &KERNELS[widest]
+}
+
+/// Names of the kernels this processor can run, widest first.
+pub fn available() -> Vec<&'static str> {
+    KERNELS.iter().filter(|kernel| (kernel.available)()).map(|kernel| kernel.name).collect()
+}
+
+/// Makes all later calls use one kernel; false if this processor cannot. For tests and benches.
+pub fn choose(name: &str) -> bool {
+    let found = KERNELS.iter().position(|kernel| kernel.name == name && (kernel.available)());
+    found.inspect(|&at| IN_USE.store(at + 1, Ordering::Relaxed)).is_some()
 }
 
 impl Kernel {
     /// `scores[r][c] = queries[.][r] . panel[.][c]`, one multiply-add per dimension in order, and
-    /// bit `c` of `hits[r]` says whether it is at least `thresholds[r]`.
-    pub fn tile(&self, queries: &[f32], panel: &[f32], thresholds: &[f32], scores: &mut [f32], hits: &mut [u64]) {
-        scores.fill(0.0);
-        for (queries, panel) in queries.chunks_exact(self.rows).zip(panel.chunks_exact(self.cols)) {
-            for (query, scores) in queries.iter().zip(scores.chunks_exact_mut(self.cols)) {
-                for (score, item) in scores.iter_mut().zip(panel) {
-                    *score += query * item;
-                }
-            }
-        }
-        for (row, scores) in scores.chunks_exact(self.cols).enumerate() {
-            let bits = scores.iter().enumerate().map(|(c, &score)| u64::from(score >= thresholds[row]) << c);
-            hits[row] = bits.sum();
-        }
+    /// bit `c` of `hits[r]` says whether it is at least `thresholds[r]`; scores of a row without
+    /// hits are not written. Whether anything was hit.
+    #[inline]
+    pub fn tile(
+        &self,
+        dim: usize,
+        queries: &[f32],
+        panel: &[f32],
+        thresholds: &[f32],
+        scores: &mut [f32],
+        hits: &mut [u64],
+    ) -> bool {
+        assert!(queries.len() == dim * self.rows && panel.len() == dim * self.cols);
+        assert!(thresholds.len() == self.rows && hits.len() == self.rows && scores.len() == self.rows * self.cols);
+        // SAFETY: only kernels that the processor has are ever handed out, and the tile reads
+        // `dim` times `rows` queries and `dim` times `cols` items, which the assertions grant.
+        unsafe { (self.tile)(dim, queries.as_ptr(), panel.as_ptr(), thresholds, scores, hits) }
     }
 
     /// One score as `tile` computes it.
     pub fn dot(&self, query: &[f32], item: &[f32]) -> f32 {
-        query.iter().zip(item).fold(0.0, |sum, (q, i)| sum + q * i)
+        query.iter().zip(item).fold(0.0, |sum, (q, i)| q.mul_add(*i, sum))
     }
 }

@@ -4,52 +4,80 @@ use rayon::prelude::*;
 
 use crate::csr::CsrView;
 use crate::error::{Error, Result};
-use crate::scan::{State, Vectors, scan};
+use crate::scan::{Hits, State, Vectors, scan};
 use crate::simd::Kernel;
 
-/// The best `k` of the scores offered, without a user's excluded items.
+/// The best K of the scores offered, without a user's excluded items. Items come in ascending order.
 ///
-/// Candidates are collected in a buffer of twice the size. When it is full the better half is
-/// kept and the threshold rises to its last score: cheaper than keeping a heap in order for
-/// candidates of which most will fall out again.
+/// Candidates are collected in a buffer of at least twice the size. When it is full the better K
+/// are kept and the threshold rises to the last of them: cheaper than keeping a heap in order for
+/// candidates of which most will fall out again. Score and item are one whole number (see
+/// [`key`]), so that comparing them is one instruction.
 pub struct Best<'a> {
-    excluded: &'a [i32],
+    excluded: std::iter::Peekable<std::iter::Copied<std::slice::Iter<'a, i32>>>,
     threshold: f32,
-    buffer: Vec<(f32, i32)>,
+    buffer: Vec<u64>,
     items: &'a mut [i32],
     scores: &'a mut [f32],
+}
+
+/// Larger for a higher score, then for a smaller item. Floats order as their bits do once the
+/// negative ones are turned around; adding zero makes -0.0 and 0.0 the tie that they are.
+#[inline(always)]
+fn key(score: f32, item: i32) -> u64 {
+    let bits = (score + 0.0).to_bits();
+    let rising = bits ^ (((bits as i32 >> 31) as u32) | 0x8000_0000);
+    (rising as u64) << 32 | !item as u32 as u64
+}
+
+fn score_of(key: u64) -> f32 {
+    let rising = (key >> 32) as u32;
+    f32::from_bits(rising ^ ((!(rising as i32) >> 31) as u32 | 0x8000_0000))
 }
 
 impl<'a> Best<'a> {
     /// Writes to `items` and `scores`, whose length is K. Only scores from `floor` up count.
     pub fn new(excluded: &'a [i32], floor: f32, items: &'a mut [i32], scores: &'a mut [f32]) -> Self {
         let threshold = if items.is_empty() { f32::INFINITY } else { floor };
-        Self { excluded, threshold, buffer: Vec::new(), items, scores }
+        Self { excluded: excluded.iter().copied().peekable(), threshold, buffer: Vec::new(), items, scores }
     }
 
     /// Bytes of the buffer.
     pub fn bytes(k: usize) -> usize {
-        size_of::<(f32, i32)>() * Self::capacity(k)
+        size_of::<u64>() * Self::capacity(k)
     }
 
+    /// Room for K, for about as many more, and for the hits of one row of a tile.
     fn capacity(k: usize) -> usize {
-        2 * k + 16
+        2 * k + 8 + 64
+    }
+
+    /// Takes the hits, each with its score as `adjust` sees it, if it is not `None`.
+    #[inline(always)]
+    pub fn take(&mut self, hits: impl Iterator<Item = (i32, f32)>, adjust: impl Fn(i32, f32) -> Option<f32>) {
+        for (item, score) in hits {
+            // Both sequences rise, so one walk along the row finds every excluded item.
+            while self.excluded.next_if(|&excluded| excluded < item).is_some() {}
+            if self.excluded.peek() != Some(&item)
+                && let Some(score) = adjust(item, score)
+            {
+                self.buffer.push(key(score, item));
+            }
+        }
+        if self.buffer.len() + 64 > Self::capacity(self.items.len()) {
+            self.keep_best();
+        }
     }
 
     fn keep_best(&mut self) {
         let k = self.items.len();
         if self.buffer.len() > k {
-            self.buffer.select_nth_unstable_by(k - 1, better);
+            self.buffer.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
             self.buffer.truncate(k);
-            // Items come in ascending order, so a later one has to beat the K-th, not equal it.
-            self.threshold = self.buffer[k - 1].0.next_up();
+            // A later item has a larger number, so it has to beat the K-th, not equal it.
+            self.threshold = score_of(self.buffer[k - 1]).next_up();
         }
     }
-}
-
-/// Score descending, then item ascending. NaN never gets here.
-fn better(a: &(f32, i32), b: &(f32, i32)) -> std::cmp::Ordering {
-    b.0.partial_cmp(&a.0).unwrap_or(std::cmp::Ordering::Equal).then(a.1.cmp(&b.1))
 }
 
 impl State for Best<'_> {
@@ -61,25 +89,19 @@ impl State for Best<'_> {
         self.buffer.reserve_exact(Self::capacity(self.items.len()));
     }
 
-    fn offer(&mut self, item: i32, score: f32) {
-        if score < self.threshold || self.excluded.binary_search(&item).is_ok() {
-            return;
-        }
-        self.buffer.push((score, item));
-        if self.buffer.len() >= Self::capacity(self.items.len()) {
-            self.keep_best();
-        }
+    fn offer(&mut self, hits: Hits) {
+        self.take(hits, |_, score| Some(score));
     }
 
     fn finish(mut self) {
         if !self.items.is_empty() {
             self.keep_best();
         }
-        self.buffer.sort_unstable_by(better);
+        self.buffer.sort_unstable_by(|a, b| b.cmp(a));
         self.items.fill(-1);
         self.scores.fill(f32::NEG_INFINITY);
-        for (at, &(score, item)) in self.buffer.iter().enumerate() {
-            (self.items[at], self.scores[at]) = (item, score);
+        for (at, &key) in self.buffer.iter().enumerate() {
+            (self.items[at], self.scores[at]) = (!(key as u32) as i32, score_of(key));
         }
     }
 }
@@ -99,7 +121,7 @@ pub fn topk(
     let states = slots
         .enumerate()
         .map(|(user, (items, scores))| Ok(Best::new(excluded.row(user)?, f32::NEG_INFINITY, items, scores)));
-    scan(users, catalogue, Best::bytes(k), states)
+    scan(users, catalogue, &natural_order(catalogue.len), Best::bytes(k), states)
 }
 
 /// The same from given scores `[U, I]` of any model; `-inf` means never.
@@ -113,14 +135,33 @@ pub fn topk_scores(matrix: &[f32], excluded: CsrView, k: usize, items: &mut [i32
             return Err(Error::NonFinite { name: "scores", unit: "user", row: user, count });
         }
         let mut best = Best::new(excluded.row(user)?, f32::MIN, items, scores);
-        for (item, &score) in row.iter().enumerate() {
-            if score >= best.threshold {
-                best.offer(item as i32, score);
-            }
+        for (at, scores) in row.chunks(64).enumerate() {
+            let threshold = best.threshold;
+            let hits = scores.iter().zip(64 * at as i32..).filter(|(score, _)| **score >= threshold);
+            best.take(hits.map(|(&score, item)| (item, score)), |_, score| Some(score));
         }
         best.finish();
         Ok(())
     })
+}
+
+/// Items as they are numbered.
+pub fn natural_order(n_items: usize) -> Vec<i32> {
+    (0..n_items as i32).collect()
+}
+
+/// Items by how often they are excluded (that is, known), the most popular first: models like
+/// them, so held-out items that will be beaten K times are beaten early.
+fn by_popularity(excluded: CsrView) -> Vec<i32> {
+    let mut count = vec![0u32; excluded.n_cols];
+    for &item in excluded.items() {
+        if let Some(n) = count.get_mut(item as usize) {
+            *n += 1;
+        }
+    }
+    let mut order = natural_order(excluded.n_cols);
+    order.sort_by_key(|&item| std::cmp::Reverse(count[item as usize]));
+    order
 }
 
 /// Finite vectors whose product cannot leave the range of `f32` give no NaN and no infinity:
@@ -169,15 +210,17 @@ impl State for Ranks<'_> {
         self.raise();
     }
 
-    fn offer(&mut self, item: i32, score: f32) {
-        if self.excluded.binary_search(&item).is_ok() {
-            return;
-        }
+    fn offer(&mut self, hits: Hits) {
         let mut left = false;
-        for racer in &mut self.racing {
-            if score > racer.score || (score == racer.score && item < racer.item) {
-                racer.n_better += 1;
-                left |= racer.n_better >= self.k;
+        for (item, score) in hits {
+            if self.excluded.binary_search(&item).is_ok() {
+                continue;
+            }
+            for racer in &mut self.racing {
+                if score > racer.score || (score == racer.score && item < racer.item) {
+                    racer.n_better += 1;
+                    left |= racer.n_better >= self.k;
+                }
             }
         }
         if left {
@@ -222,7 +265,7 @@ pub fn test_ranks(
         let racing = Vec::with_capacity(held_out.len());
         Ok(Ranks { excluded, catalogue, held_out, k, racing, threshold: f32::INFINITY, ranks })
     });
-    scan(users, catalogue, 64, states)
+    scan(users, catalogue, &by_popularity(excluded), 64, states)
 }
 
 #[cfg(test)]
