@@ -219,7 +219,9 @@ def split(
     """
     n = len(log)
     if how in ("leave-one", "leave-two", "time") and log.time is None:
-        raise UserError(f"--split {how} needs times, and the log has none; use ratio")
+        raise UserError(
+            f"--split {how} needs times, and the log has none; use ratio, or --time-unit order if its lines are in order"
+        )
     if how == "time":
         assert log.time is not None
         ordered = np.sort(log.time)

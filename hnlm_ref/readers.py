@@ -116,6 +116,7 @@ class Layout:
         sep = {"\t": "tab", " ": "blanks", "\n": "blanks"}.get(self.sep, repr(self.sep))
         parts = [self.format, "gzip" * self.gzipped, f"separator {sep}" if self.sep else "", self.encoding]
         parts += [f"time in {self.unit}" if self.unit else "", " ".join(f"{r}={c}" for r, c in self.columns.items())]
+        parts[-1] = parts[-1].replace("line=1", "user item item ...")
         return ", ".join(p for p in parts if p)
 
 
@@ -192,8 +193,10 @@ def sniff(
     if not head.strip():
         raise UserError(f"{path} is empty")
     guessed = time_unit == "auto"
+    if head.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path} is a zip archive; unpack it first")
     if head.startswith(b"PAR1"):
-        first = pl.scan_parquet(path).head(1000).collect()
+        first = next(_batches(pl.scan_parquet(path).head(1000), path), pl.DataFrame())
         found = _roles(tuple(first.columns), columns, roles, path)
         times = first[found["time"]].drop_nulls() if "time" in found else pl.Series([], dtype=pl.String)
         unit = "date" if times.dtype.is_temporal() else _unit(times.cast(pl.String).to_list(), time_unit)
@@ -253,6 +256,7 @@ def _fields(lines: Iterable[str], sep: str, strict: bool = False) -> Any:
     """Records of a delimited text as lists; runs of blanks count as one (case A02). Raises csv.Error if strict."""
     if sep in (" ", "::", "|", "\n"):
         return (line.split(None if sep == " " else sep) for line in map(str.rstrip, lines))
+    csv.field_size_limit(1 << 30)  # a text of any length; Python's own limit is 128 KB
     return csv.reader(lines, delimiter=sep, strict=strict)
 
 
@@ -420,12 +424,19 @@ def _walk(data: bytes, layout: Layout, columns: list[str], line: int, bad: Bad) 
     return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row"), lines
 
 
+def _batches(query: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
+    try:
+        yield from query.collect_batches(maintain_order=True)
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path} is no whole Parquet file ({str(error).splitlines()[0]}); fetch it again") from error
+
+
 def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> Iterator[pl.DataFrame]:
     """Frames of the roles, put through `check`, whose column `why` tells bad rows."""
     columns = {role: column for role, column in layout.columns.items() if role in roles}
-    row = 1
     if layout.kind == "parquet":
-        for frame in pl.scan_parquet(layout.path).select(**columns).collect_batches(maintain_order=True):
+        row = 1
+        for frame in _batches(pl.scan_parquet(layout.path).select(**columns), layout.path):
             yield _good(check(frame), range(row, row + len(frame)), layout, bad)
             row += len(frame)
         return
@@ -485,13 +496,14 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
         if role == "user" or not {"line", "history"} & set(layout.columns):
             whys.append(pl.when(value.fill_null("") == "").then(pl.lit(f"no {role}")))
     values: dict[str, pl.Expr] = dict.fromkeys(("rating", "time"), pl.lit(None, pl.Float64))
-    for role in {"rating", "time"} & set(frame.columns):
+    for role in (role for role in ("rating", "time") if role in frame.columns):
         raw, value, wanted = pl.col(role).cast(pl.String), pl.col(role).cast(pl.Float64, strict=False), "number"
         if role == "time" and layout.unit == "date":
             temporal, wanted = frame["time"].dtype.is_temporal(), "date"
             value = pl.col("time").cast(pl.Datetime("us")).dt.timestamp("us") / 1e6 if temporal else _date(raw)
         whys.append(pl.when(raw.fill_null("").str.strip_chars() == "").then(pl.lit(f"no {role}")))
-        whys.append(pl.when(~value.is_finite().fill_null(False)).then(pl.format(f"{role} '{{}}' is no {wanted}", raw)))
+        fault = pl.format(f"{role} '{{}}' is no {wanted}", raw.str.slice(0, 80))
+        whys.append(pl.when(~value.is_finite().fill_null(False)).then(fault))
         if role == "time" and layout.guessed and layout.unit in UNITS:
             low, high = UNITS[layout.unit]
             fault = pl.format(f"time {{}} cannot be in {layout.unit} as the first one is (or name --time-unit)", raw)

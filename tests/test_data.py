@@ -323,3 +323,8 @@ def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
     again.mkdir()
     data.make_toy_log(again, 0)
     assert (again / "toy.csv").read_bytes() == (tmp_path / "toy.csv").read_bytes()
+
+
+def test_a_window_that_holds_nothing_is_refused_with_the_counts(tmp_path):
+    with pytest.raises(UserError, match=r"1-core is empty \(0 rows, .*before date_from: 1"):
+        prepare(tmp_path, rows("u,i,5,1500000000"), date_from="2020-01-01")

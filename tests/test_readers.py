@@ -262,9 +262,11 @@ def test_big_things_are_no_trouble(tmp_path):
     log = [json.dumps({"user": "u0", "item": "i0", "text": "x" * 10_000_000})]
     log += [json.dumps({"user": "u", "item": f"i{n}"}) for n in range(100_000)]
     (tmp_path / "log.json").write_text("\n".join(log), encoding="utf-8")
-    (tmp_path / "items.csv").write_text(f"item,title,description\ni1,T,{'word ' * 200_000}\n", encoding="utf-8")
+    (tmp_path / "items.csv").write_text(
+        f"item,title,description\ni2,U,{'x' * 150_000}\ni1,T,{'word ' * 200_000}\n", encoding="utf-8"
+    )
     done = prepare(tmp_path / "run", tmp_path / "log.json", items=str(tmp_path / "items.csv"))
-    assert done.counts["pairs"] == 100_001 and done.counts["texts cut"] == 1
+    assert done.counts["pairs"] == 100_001 and done.counts["texts cut"] == 2
     assert done.csr["train"].degrees().max() == 70_000
 
 
@@ -286,3 +288,13 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_leave_nothing(cli, tmp_
         assert done.returncode == 1 and "Read-only file system" in done.stderr and "Traceback" not in done.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_parquet_file_cut_short_and_a_zip_archive_are_refused(tmp_path):
+    pl.DataFrame({"user": ["u"] * 99, "item": ["i"] * 99}).write_parquet(tmp_path / "whole")
+    (tmp_path / "log").write_bytes((tmp_path / "whole").read_bytes()[:-30])
+    with pytest.raises(UserError, match="is no whole Parquet file"):
+        prepare(tmp_path / "run", tmp_path / "log")
+    (tmp_path / "log").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(UserError, match="is a zip archive; unpack it first"):
+        prepare(tmp_path / "run", tmp_path / "log")
