@@ -75,6 +75,7 @@ FORMATS = {
     "parquet": Format("parquet"),
 }
 SEPARATORS = ("\t", "::", ",", ";", "|")  # looked for in this order; blanks last
+QUOTED = ("\t", ",", ";")  # separators beside which a field may stand in quotes
 NO_HEADER = ("user", "item", "rating", "time")  # roles of columns without names, in a file of no format above
 
 # Files of the folders that data sets come in: log, item texts, validation and test part of a ready split.
@@ -218,7 +219,7 @@ def sniff(
         names, header, sep = tuple(dict.fromkeys(key for record in records for key in record)), True, ""
     else:
         sep = sep.replace("\\t", "\t") if sep else wanted_sep or _separator(lines)
-        fields = list(itertools.islice(_fields(lines, sep), 1000))
+        fields = list(itertools.islice(_fields(lines, sep, sep in QUOTED), 1000))
         if header is None:  # names are no numbers; a file cut by blanks has a header only if it names the user
             known = roles[0] in _aliases(fields[0], roles)
             plain = sep not in (" ", "\n") and not any(map(_is_number, fields[0]))
@@ -252,11 +253,11 @@ def _record(line: str) -> dict | None:
     return None
 
 
-def _fields(lines: Iterable[str], sep: str, strict: bool = False) -> Any:
+def _fields(lines: Iterable[str], sep: str, quote: bool, strict: bool = False) -> Any:
     """Records of a delimited text as lists; runs of blanks count as one (case A02). Raises csv.Error if strict."""
-    if sep in (" ", "::", "|", "\n"):
-        return (line.split(None if sep == " " else sep) for line in map(str.rstrip, lines))
     csv.field_size_limit(1 << 30)  # a text of any length; Python's own limit is 128 KB
+    if not quote:
+        return (line.rstrip().split(None if sep == " " else sep) for line in lines)
     return csv.reader(lines, delimiter=sep, strict=strict)
 
 
@@ -264,7 +265,7 @@ def _separator(lines: list[str]) -> str:
     """The separator that cuts most lines into the same number of fields, two at least; "\n" for a ragged sequence."""
 
     def agreement(sep: str) -> tuple[float, int]:
-        n_fields, n_lines = Counter(map(len, _fields(lines[:1000], sep))).most_common(1)[0]
+        n_fields, n_lines = Counter(map(len, _fields(lines[:1000], sep, sep in QUOTED))).most_common(1)[0]
         return (n_lines / len(lines[:1000]) if n_fields > 1 else 0, n_fields)
 
     best = max(SEPARATORS, key=agreement)
@@ -296,9 +297,8 @@ def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...
         if column and column not in names:
             raise UserError(f"{path} has no column {column!r} for {role}; it has {', '.join(names)[:300]}")
         found = {r: c for r, c in found.items() if r != role} | ({role: column} if column else {})
-    lacking = [
-        r for r in ("user", "item") if r in roles and not {r, "line", "history" if r == "item" else r} & set(found)
-    ]
+    either = {"user": {"user", "line"}, "item": {"item", "line", "history"}}
+    lacking = [role for role, any_of in either.items() if role in roles and not any_of & set(found)]
     if lacking:
         other = next((f"--sep {sep!r}, " for sep in SEPARATORS if len(names) == 1 and sep in names[0]), "")
         raise UserError(
@@ -402,11 +402,7 @@ def _walk(data: bytes, layout: Layout, columns: list[str], line: int, bad: Bad) 
                 if found is None:
                     raise ValueError("it is no JSON object")
             else:
-                reader = (
-                    _fields(texts, layout.sep, strict=True)
-                    if layout.quote
-                    else (t.split(layout.sep) for t in map(str.rstrip, texts))
-                )
+                reader = _fields(texts, layout.sep, bool(layout.quote), strict=True)
                 fields = next(reader)
                 at = first + getattr(reader, "line_num", 1)
                 if len(fields) > len(layout.names):
@@ -442,16 +438,15 @@ def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> 
         return
     names, renamed = list(columns.values()), {column: role for role, column in columns.items()}
     for line, data in _blocks(layout):
-        lines: list[int] | None = None
+        lines: list[int] = []
         try:
             frame = check(_parse(data, layout, names).rename(renamed))
+            if frame["why"].null_count() < len(frame):
+                raise pl.exceptions.ComputeError("bad rows")
         except pl.exceptions.PolarsError:
             frame, lines = _walk(data, layout, names, line, bad)
             frame = check(frame.rename(renamed))
-        if frame["why"].null_count() < len(frame) and lines is None:
-            frame, lines = _walk(data, layout, names, line, bad)
-            frame = check(frame.rename(renamed))
-        yield _good(frame, lines or (), layout, bad)
+        yield _good(frame, lines, layout, bad)
 
 
 def _good(frame: pl.DataFrame, lines: Iterable[int], layout: Layout, bad: Bad) -> pl.DataFrame:

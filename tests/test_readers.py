@@ -198,6 +198,7 @@ BROKEN = {
     "too few fields": (f"{HEADER}{ONE}\nu2,i2\n".encode(), r"line 3: no (rating|time)"),
     "no user": (f"{HEADER}{ONE}\n ,i2,5,1420070400\n".encode(), r"line 3: no user"),
     "mixed types": (f"{HEADER}{ONE}\nu2,i2,good,1420070400\n".encode(), r"line 3: rating 'good' is no number"),
+    "blanks": (b"u1  i1 5\nu2 i2  five\n", r"line 2: rating 'five' is no number"),
     "NaN": (f"{HEADER}{ONE}\nu2,i2,nan,1420070400\n".encode(), r"line 3: rating 'nan' is no number"),
     "mixed dates": (f"{HEADER}u1,i1,5,2015-01-01\n{ONE}\n".encode(), r"line 3: time '1420070400' is no date"),
     "mixed units": (f"{HEADER}{ONE}\nu2,i2,5,1451606399000\n".encode(), r"line 3: time 1451606399000 cannot be in s"),
