@@ -220,7 +220,7 @@ def split(
     n = len(log)
     if how in ("leave-one", "leave-two", "time") and log.time is None:
         raise UserError(
-            f"--split {how} needs times, and the log has none; use ratio, or --time-unit order if its lines are in order"
+            f"--split {how} needs times, which the log lacks; use ratio, or --time-unit order for a sequence"
         )
     if how == "time":
         assert log.time is not None
@@ -411,7 +411,7 @@ TOY_GENRES = ("Cooking", "Astronomy", "Gardening", "Chess", "Sailing", "Jazz", "
 TOY_NOUNS = ("Handbook", "Starter Kit", "Poster", "Calendar", "Board Game", "Mug", "Notebook", "Puzzle", "Lamp", "Map")
 
 
-def make_toy_log(folder: Path, seed: int, n_users: int = 60) -> tuple[Path, Path]:
+def make_toy_log(folder: Path, seed: int, n_users: int = 60) -> Path:
     """Write a made-up log and its items as CSV: 80 items of 8 subjects; each user likes two and strays now and then."""
     rng = random.Random(seed)
     items = [f"{genre} {noun}" for genre in TOY_GENRES for noun in TOY_NOUNS]
@@ -425,7 +425,6 @@ def make_toy_log(folder: Path, seed: int, n_users: int = 60) -> tuple[Path, Path
             rating = rng.choice((4, 5)) if i in own else rng.choice((2, 3, 4))
             lines.append(f"u{u:02d},i{i:02d},{rating},{1_420_070_400 + 86_400 * (10 * step + u)}")
     rows = [f"i{i:02d},{title},{title.split()[0]}" for i, title in enumerate(items)]
-    log, catalogue = folder / "toy.csv", folder / "toy_items.csv"
-    log.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    catalogue.write_text("\n".join(["item_id,title,category", *rows]) + "\n", encoding="utf-8")
-    return log, catalogue
+    (folder / "toy.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "toy_items.csv").write_text("\n".join(["item_id,title,category", *rows]) + "\n", encoding="utf-8")
+    return folder

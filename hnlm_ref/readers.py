@@ -80,6 +80,7 @@ NO_HEADER = ("user", "item", "rating", "time")  # roles of columns without names
 
 # Files of the folders that data sets come in: log, item texts, validation and test part of a ready split.
 FOLDERS = (
+    ("toy.csv", "toy_items.csv"),
     ("*.train.inter*", "*.item*", "*.valid.inter*", "*.test.inter*"),
     ("*.inter*", "*.item*"),
     ("u.data", "u.item"),

@@ -25,9 +25,9 @@ class PrepConfig:
     valid_file: str | None = knob(None, "validation part of a ready split")
     test_file: str | None = knob(None, "test part of a ready split; the log is then its training part")
     format: str = knob("auto", "format of the log, see stages/DATA.md; auto looks at the file")
-    sep: str | None = knob(None, "separator of the log  [found by looking]")
-    header: bool | None = knob(None, "whether the first line names the columns  [found by looking]")
-    encoding: str | None = knob(None, "encoding of log and items, e.g. latin-1  [UTF-8]")
+    sep: str | None = knob(None, "separator of the log, if looking at it finds the wrong one")
+    header: bool | None = knob(None, "whether the first line names the columns, likewise")
+    encoding: str | None = knob(None, "encoding of log and items if it is not UTF-8, e.g. latin-1")
     columns: tuple[str, ...] = knob((), "role=column of the log; roles: user, item, rating, time, text")
     item_columns: tuple[str, ...] = knob((), "role=column of the items: item, title, brand, categories, description")
     time_unit: str = knob("auto", "unit of the times", ("auto", "s", "ms", "us", "ns", "date", "order"))
@@ -56,12 +56,10 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     from hnlm_ref import data, readers
 
     # Find the files and what they are.
-    if cfg.interactions == "toy":
-        log_path, items_path = data.make_toy_log(run.out, run.seed)
-        parts = (log_path, None, None)
-    else:
-        log_path, items_path, *parts = readers.locate(resolve_path(cfg.interactions))
-        parts = (log_path, cfg.valid_file or parts[0], cfg.test_file or parts[1])
+    toy = cfg.interactions == "toy"
+    source = data.make_toy_log(run.out, run.seed) if toy else resolve_path(cfg.interactions)
+    log_path, items_path, *parts = readers.locate(source)
+    parts = (log_path, cfg.valid_file or parts[0], cfg.test_file or parts[1])
     how = (cfg.format, cfg.sep, cfg.header, cfg.encoding, cfg.columns, cfg.time_unit)
     layouts = [readers.sniff(resolve_path(str(path)), *how) if path else None for path in parts]
     for layout in filter(None, layouts):

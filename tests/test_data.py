@@ -317,7 +317,7 @@ def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
 
 
 def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
-    done = prepare(tmp_path, data.make_toy_log(tmp_path, 0)[0])
+    done = prepare(tmp_path, data.make_toy_log(tmp_path, 0))
     assert (len(done.users), len(done.items)) == (60, 80)
     again = tmp_path / "again"
     again.mkdir()
