@@ -33,11 +33,12 @@ class Encoder(nn.Module):
     `extra_loss` if it brings a loss. An enhancer (`baselines.py`) changes the ego vectors, or brings a loss.
     """
 
-    def __init__(self, train: Csr, dim: int):
+    def __init__(self, train: Csr, dim: int, n_layers: int = 0):
         super().__init__()
         self.n_users = train.n_rows
         # Choice: normal with deviation 0.1, as LightGCN's authors; also for MF.
         self.table = nn.Parameter(torch.empty(train.n_rows + train.n_cols, dim).normal_(std=0.1))  # [U + I, d]
+        self.n_layers = n_layers
         self.enhancer: Any = None
 
     def ego(self) -> Tensor:
@@ -68,9 +69,8 @@ class LightGCN(Encoder):
 
     graph: Tensor
 
-    def __init__(self, train: Csr, dim: int, n_layers: int):
-        super().__init__(train, dim)
-        self.n_layers = n_layers
+    def __init__(self, train: Csr, dim: int, n_layers: int = 2):
+        super().__init__(train, dim, n_layers)
         self.register_buffer("graph", normalised_graph(train), persistent=False)
 
     def propagate(self, x: Tensor) -> Tensor:
@@ -83,8 +83,7 @@ class LightGCN(Encoder):
         return layers
 
 
-def make_encoder(backbone: str, train: Csr, dim: int, n_layers: int) -> Encoder:
-    return Encoder(train, dim) if backbone == "mf" else LightGCN(train, dim, n_layers)
+ENCODERS = {"mf": Encoder, "lightgcn": LightGCN}  # each is made by (train, dim, n_layers)
 
 
 def normalised_graph(train: Csr) -> Tensor:

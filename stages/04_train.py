@@ -117,7 +117,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
 
     # What is trained: an encoder, enhanced by texts or not, and the adapter of generated vectors if they are mixed in.
     torch.manual_seed(recommender.epoch_seed(run.seed, 0))
-    encoder = recommender.make_encoder(cfg.backbone, train, cfg.dim, cfg.n_layers)
+    encoder = recommender.ENCODERS[cfg.backbone](train, cfg.dim, cfg.n_layers)
     if cfg.warm_start:
         warm = np.concatenate([load_npy(run.folder("sft") / name) for name in ("cf_user.npy", "cf_item.npy")])
         if warm.shape != encoder.table.shape:

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
-from hnlm_ref import losses, metrics, recommender
+from hnlm_ref import baselines, losses, metrics, recommender
 from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
 from hnlm_ref.samplers import Sampler, trainable_pairs
@@ -172,3 +173,82 @@ def test_without_validation_pairs_the_last_epoch_is_kept():
     training.valid = Csr.from_pairs([], [], 30, 25)
     done = training.fit(n_epochs=3)
     assert (done.best_epoch, done.log[-1]["valid_ndcg@20"]) == (3, None)
+
+
+def test_the_encoder_shown_in_the_readme_trains():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    if "class XSimGCL" not in readme:
+        pytest.skip("README.md shows no XSimGCL")
+    code = next(block for block in readme.split("```python\n")[1:] if block.startswith("class XSimGCL")).split("```")[0]
+    names = {**vars(recommender), "info_nce": losses.info_nce, "ENCODERS": dict(recommender.ENCODERS)}
+    exec(code, names)
+    training = Training(lambda train: names["ENCODERS"]["xsimgcl"](train, 6, 3), patience=100)
+    plain = training.batch_loss
+    contrast = []
+
+    def batch_loss(batch, layers):
+        loss, terms = plain(batch, layers)
+        contrast.append(training.encoder.extra_loss(batch, layers))
+        return loss + 0.1 * contrast[-1], terms
+
+    training.batch_loss = batch_loss
+    log = training.fit(n_epochs=20).log
+    assert log[-1]["rank"] < log[0]["rank"]
+    assert contrast[-1] < contrast[0]
+    first, again = recommender.embeddings(training.encoder), recommender.embeddings(training.encoder)
+    assert (first[0] == again[0]).all()  # no noise when it is evaluated
+    layers = training.encoder.layers()  # in training there is: at most eps in length per layer
+    assert 0 < (layers[0] - training.encoder.graph @ training.encoder.table).norm(dim=1).max() <= 0.2 + 1e-6
+
+
+# ---- LLM-enhanced recommenders ----------------------------------------------------------------------------------
+
+
+def enhanced(kind):
+    text = np.random.default_rng(0).standard_normal((55, 12)).astype(np.float32)
+
+    def encoder(train):
+        made = recommender.LightGCN(train, 6, 2)
+        made.enhancer = baselines.ENHANCERS[kind](text, 30, 6)
+        return made
+
+    training, plain = Training(encoder, patience=100), Training.batch_loss
+    training.batch_loss = lambda batch, layers: add(plain(training, batch, layers), training.encoder, batch, layers)
+    return training
+
+
+def add(result, encoder, batch, layers):
+    loss, terms = result
+    extra = encoder.extra_loss(batch, layers)
+    return loss + extra, {**terms, "extra": extra}
+
+
+@pytest.mark.parametrize("kind", ["rlmrec_con", "rlmrec_gen"])
+def test_rlmrec_brings_vectors_and_texts_together(kind):
+    log = enhanced(kind).fit(n_epochs=25).log
+    assert log[-1]["extra"] < log[0]["extra"] - 0.1
+
+
+def test_rlmrec_gen_masks_a_tenth_of_the_nodes_in_training_only():
+    training = enhanced("rlmrec_gen")
+    encoder = training.encoder
+    with torch.no_grad():
+        encoder.enhancer.mask.fill_(7)
+    masked = (encoder.ego() == 7).all(1)
+    assert masked.sum() == 5  # of 55
+    assert encoder.enhancer.masked.sort().values.tolist() == masked.nonzero()[:, 0].tolist()
+    encoder.eval()
+    assert torch.equal(encoder.ego(), encoder.table)
+
+
+def test_kar_adds_a_gated_mixture_of_shared_and_own_experts():
+    training = enhanced("kar")
+    kar = training.encoder.enhancer
+    added = training.encoder.ego() - training.encoder.table
+    for node, own, gate in ((3, kar.own[:2], kar.gates[0]), (30 + 4, kar.own[2:], kar.gates[1])):
+        text = kar.text[node]
+        outputs = [expert(text) for expert in (*kar.shared, *own)]
+        expected = sum(w * out for w, out in zip(gate(text).softmax(0), outputs, strict=True))
+        assert added[node].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    log = training.fit(n_epochs=10).log
+    assert log[-1]["rank"] < log[0]["rank"]
