@@ -44,7 +44,7 @@ transformers.utils.logging.disable_progress_bar()
 # ---- loading ----------------------------------------------------------------------------------------------------
 
 
-def tiny_model(family: str = "llama", seed: int = 0) -> tuple[nn.Module, Any]:
+def tiny_model(family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
     """A random two-layer model and a byte-level tokenizer, both made here: the real code path, nothing to download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -117,7 +117,7 @@ def memory_estimate(config: Any, dtype: torch.dtype, load_in_4bit: bool = False)
     return f"{n / 1e6:,.0f} M parameters, about {size / 2**30:.2f} GiB of weights in {kind}"
 
 
-def add_lora(llm: nn.Module, rank: int, alpha: int, dropout: float) -> Any:
+def add_lora(llm: Any, rank: int, alpha: int, dropout: float) -> Any:
     """Wrap `llm` in a fresh PEFT LoRA on the q, k, v and o projections; the adapter's weights are float32."""
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS)
@@ -125,7 +125,7 @@ def add_lora(llm: nn.Module, rank: int, alpha: int, dropout: float) -> Any:
     return peft.get_peft_model(llm, config)
 
 
-def load_lora(llm: nn.Module, folder: Path) -> Any:
+def load_lora(llm: Any, folder: Path) -> Any:
     """Put a saved adapter on `llm`. A folder that is none, or holds other weights, is a UserError (cases D07, D08)."""
     file = folder / "adapter_model.safetensors"
     if not file.exists():
@@ -236,7 +236,7 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: 
 # ---- from token ids to vectors ----------------------------------------------------------------------------------
 
 
-def embed(llm: nn.Module, batch: Batch, soft: Tensor | None = None, pooling: str = "last") -> Tensor:
+def embed(llm: Any, batch: Batch, soft: Tensor | None = None, pooling: str = "last") -> Tensor:
     """One vector per continuation: the only way from a prompt to a vector, in tuning and in generation.
 
     soft     float [n_soft, d_llm], the input embeddings that stand at the places of the soft tokens, in reading order
@@ -278,8 +278,9 @@ class NegativeModel(nn.Module):
 
     cf_user: Tensor
     cf_item: Tensor
+    head: nn.Sequential
 
-    def __init__(self, llm: nn.Module, cf_user: np.ndarray, cf_item: np.ndarray, d_out: int):
+    def __init__(self, llm: Any, cf_user: np.ndarray, cf_item: np.ndarray, d_out: int):
         super().__init__()
         self.llm = llm
         device = llm.get_input_embeddings().weight.device
@@ -321,7 +322,7 @@ class NegativeModel(nn.Module):
         save_file(own, folder / "projections.safetensors")
 
 
-def load_negative_model(llm: nn.Module, folder: Path, cf_user: np.ndarray, cf_item: np.ndarray) -> NegativeModel:
+def load_negative_model(llm: Any, folder: Path, cf_user: np.ndarray, cf_item: np.ndarray) -> NegativeModel:
     """The tuned model of a finished sft/ folder, on the untuned `llm` it was made from."""
     llm = load_lora(llm, folder / "adapter")
     own = load_file(folder / "projections.safetensors")
@@ -345,7 +346,7 @@ def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def text_vectors(
-    llm: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_tokens: int = 64
+    llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_tokens: int = 64
 ) -> np.ndarray:
     """Mean of the last hidden states over each text's tokens and its EOS, centred over the texts; float32 [n, d_llm].
 
@@ -359,6 +360,17 @@ def text_vectors(
         vectors.append(embed(llm, pack([(bos, parts[start : start + batch_size])], device), pooling="mean").cpu())
     found = torch.cat(vectors).numpy()  # [n, d_llm]
     return found - found.mean(axis=0)
+
+
+@torch.inference_mode()
+def generate_texts(llm: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuation of each prompt; padded on the left, masked by length, not by the pad token's id (D05)."""
+    device, longest = llm.get_input_embeddings().weight.device, max(map(len, prompts))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    said = llm.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    return tokenizer.batch_decode(said[:, longest:], skip_special_tokens=True)
 
 
 def whiten(vectors: np.ndarray, n_directions: int = 128) -> np.ndarray:

@@ -7,6 +7,7 @@ log.jsonl.
     python stages/02_sft.py --preset toy     # about 15 s on a CPU
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ class SftConfig:
     lr: float = knob(3e-4, "learning rate of LoRA", low=0)
     lr_new: float = knob(3e-3, "learning rate of soft tokens and head, which start from nothing", low=0)
     temperature: float = knob(0.05, "temperature of the in-batch loss (tau)", low=1e-6)
+    own_weight: float = knob(1.0, "extra weight of a triplet's own negative among the in-batch ones", low=0)
     catalogue_weight: float = knob(1.0, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
     catalogue_temperature: float = knob(0.1, "temperature of that softmax", low=1e-6)
     probe_users: int = knob(32, "users from whose triplets the head is solved before tuning; 0: random head", low=0)
@@ -160,9 +162,12 @@ def main(cfg: SftConfig, run: Run) -> dict:
         u, i, j = (torch.tensor([t[k] for t in found], device=device) for k in ("user", "item", "positive"))
         return model(llm.pack(rows, device)), u, i, j
 
-    def both_losses(o: torch.Tensor, u: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> tuple:
-        pair = losses.sft_loss(o, targets[j], targets[i], u, i, cfg.temperature)
-        return pair, losses.catalogue_loss(o, targets, j, cfg.catalogue_temperature)
+    def all_losses(o: torch.Tensor, u: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = losses.sft_loss(o, targets[j], targets[i], u, i, cfg.temperature)
+        own = losses.triplet_loss(o, targets[j], targets[i], cfg.temperature)
+        catalogue = losses.catalogue_loss(o, targets, j, cfg.catalogue_temperature)
+        objective = loss + cfg.own_weight * own + cfg.catalogue_weight * catalogue
+        return {"objective": objective, "loss": loss, "own_loss": own, "catalogue_loss": catalogue}
 
     def chunks(users: list[int]) -> list[list[int]]:
         return [users[start : start + cfg.batch_size] for start in range(0, len(users), cfg.batch_size)]
@@ -171,22 +176,23 @@ def main(cfg: SftConfig, run: Run) -> dict:
     def look() -> dict:
         """Losses and accuracy on the held-out triplets, and where j ranks in the catalogue by cos(h, .)."""
         model.eval()
-        totals = np.zeros(5)
+        n, totals = 0, Counter()
         for users in chunks(list(by_user["held_out"])):
             (_, o), u, i, j = read("held_out", users)
             cosine = torch.nn.functional.normalize(o, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T  # [B, I]
             to_p, to_n = cosine.gather(1, j[:, None]), cosine.gather(1, i[:, None])
-            figures = [*both_losses(o, u, i, j), (to_p > to_n).float().mean(), (cosine > to_p).float().mean()]
-            totals += len(u) * np.array([*map(float, figures), 1.0])
+            figures = all_losses(o, u, i, j)
+            figures |= {"accuracy": (to_p > to_n).float().mean(), "rank_of_positive": (cosine > to_p).float().mean()}
+            totals.update({f"held_out_{name}": len(u) * float(figure) for name, figure in figures.items()})
+            n += len(u)
         model.train()
-        names = ("held_out_loss", "held_out_catalogue_loss", "accuracy", "rank_of_positive")
-        return dict(zip(names, (totals[:4] / totals[4]).round(6).tolist(), strict=True))
+        return {name: round(total / n, 6) for name, total in totals.items()}
 
     # Every epoch its own order; micro-batch m of step s is the same whenever and wherever it is computed.
     users = list(by_user["tune"])
     n_per_epoch = -(-len(users) // (cfg.batch_size * cfg.grad_accum))
     n_steps, checkpoint = cfg.n_epochs * n_per_epoch, out / "checkpoint.safetensors"
-    state = {"step": 0, "log": [], "best": None, "bad_looks": 0, "sums": [0.0, 0.0, 0]}
+    state: dict = {"step": 0, "log": [], "best": None, "bad_looks": 0, "sum": 0.0, "n": 0}
     best: dict = {}
     if checkpoint.exists():
         state, best = llm.load_checkpoint(checkpoint, trainable, optimiser)
@@ -208,10 +214,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
         for number, some in enumerate(chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]):
             torch.manual_seed(hash((run.seed, state["step"], number)) % 2**31)  # dropout
             (_, o), *uij = read("tune", some)
-            pair, catalogue = both_losses(o, *uij)
-            ((pair + cfg.catalogue_weight * catalogue) / cfg.grad_accum).backward()
-            sums = state["sums"]
-            state["sums"] = [sums[0] + pair.item(), sums[1] + catalogue.item(), sums[2] + 1]
+            figures = all_losses(o, *uij)
+            (figures["objective"] / cfg.grad_accum).backward()
+            state["sum"], state["n"] = state["sum"] + figures["loss"].item(), state["n"] + 1
         rate = min((state["step"] + 1) / (cfg.warmup_steps + 1), 1 - state["step"] / n_steps)
         for group, lr in zip(optimiser.param_groups, (cfg.lr, cfg.lr_new), strict=True):
             group["lr"] = lr * rate
@@ -221,17 +226,12 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state["step"] += 1
         bar.update()
         if state["step"] % cfg.eval_every == 0 or state["step"] == n_steps:
-            pair_sum, catalogue_sum, n = state["sums"]
-            line = {
-                "step": state["step"],
-                "loss": round(pair_sum / n, 6),
-                "catalogue_loss": round(catalogue_sum / n, 6),
-            }
+            line = {"step": state["step"], "loss": round(state["sum"] / state["n"], 6)}
             state["log"].append(line | look())
-            state["sums"] = [0.0, 0.0, 0]
+            state |= {"sum": 0.0, "n": 0}
             say(f"[sft] {state['log'][-1]}")
-            if state["best"] is None or state["log"][-1]["held_out_loss"] < state["best"]:
-                state["best"], state["bad_looks"] = state["log"][-1]["held_out_loss"], 0
+            if state["best"] is None or state["log"][-1]["held_out_objective"] < state["best"]:
+                state["best"], state["bad_looks"] = state["log"][-1]["held_out_objective"], 0
                 best = {name: p.detach().clone() for name, p in trainable.items()}
             else:
                 state["bad_looks"] += 1

@@ -1,0 +1,125 @@
+"""Questions to a language model, local or behind an OpenAI-compatible server, and the profiles made of the answers.
+
+Answers are appended to one file as they come, so a killed job goes on where it was. Nothing heavy is imported before
+a local model is asked.
+"""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hnlm_ref.artifacts import atomic
+from hnlm_ref.console import UserError, progress
+from hnlm_ref.knobs import knob
+from hnlm_ref.prompts import Reply, parse_reply
+
+Answers = Iterator[tuple[int, str | None]]  # (number of the question, what was said or None), in any order
+
+
+@dataclass(frozen=True)
+class AskConfig:
+    """Knobs of every stage that asks a language model for text."""
+
+    endpoint: str | None = knob(None, "OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; none: the local model")
+    endpoint_model: str = knob("default", "name of the model at the server")
+    concurrency: int = knob(8, "questions on their way to the server at once", low=1)
+    timeout_s: float = knob(120.0, "seconds to wait for an answer of the server", low=0)
+    n_retries: int = knob(4, "further tries after no answer, each after twice the wait", low=0)
+    max_new_tokens: int = knob(160, "length of an answer in tokens", low=1)
+    ask_batch_size: int = knob(16, "questions a local model answers at once", low=1)
+
+
+def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
+    """Greedy answers in batches of prompts of like length."""
+    from hnlm_ref.llm import chat_ids, generate_texts
+
+    prompts = sorted(
+        ((number, chat_ids(tokenizer, text)) for number, text in questions), key=lambda p: (len(p[1]), p[0])
+    )
+    for start in range(0, len(prompts), cfg.ask_batch_size):
+        some = prompts[start : start + cfg.ask_batch_size]
+        texts = generate_texts(llm, tokenizer, [ids for _, ids in some], cfg.max_new_tokens)
+        yield from zip([number for number, _ in some], texts, strict=True)
+
+
+def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
+    """Several requests at once, each retried with back-off; None when the server had no answer in the end.
+
+    A key is read from the environment variable OPENAI_API_KEY. A refused request (4xx) is a UserError: the next one
+    would be refused too.
+    """
+    url = f"{(cfg.endpoint or '').rstrip('/')}/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+
+    def ask_one(text: str) -> str | None:
+        body = {"model": cfg.endpoint_model, "messages": [{"role": "user", "content": text}]}
+        body |= {"max_tokens": cfg.max_new_tokens, "temperature": 0.0, "seed": 0}
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        for attempt in range(cfg.n_retries + 1):
+            if attempt:
+                time.sleep(2.0 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=cfg.timeout_s) as reply:
+                    return json.load(reply)["choices"][0]["message"]["content"] or ""
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code not in (408, 429):
+                    detail = error.read(200).decode(errors="replace").strip()
+                    raise UserError(f"{url} refused the request: {error.code} {error.reason} {detail}") from error
+            except (OSError, ValueError, KeyError, IndexError):
+                pass  # no connection, time-out, broken answer: worth another try
+        return None
+
+    with ThreadPoolExecutor(cfg.concurrency) as pool:
+        running = {pool.submit(ask_one, text): number for number, text in questions}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ask(
+    questions: list[str],
+    path: Path,
+    answer: Callable[[list[tuple[int, str]]], Answers],
+    key: str,
+    titles: list[str] | None = None,
+) -> list[Reply]:
+    """Ask every question once and write JSONL to `path`: number, status, text, raw, in the order of the questions.
+
+    Answers already in the unfinished file (`path` + ".part") are kept, a half-written last line is dropped (case D17),
+    failed questions are asked again. A failed answer is empty, never another's text (case D20).
+    titles  of the positive of each question, which an answer must not repeat
+    """
+    part = path.with_name(path.name + ".part")
+    replies: dict[int, Reply] = {}
+    if part.exists():
+        lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["status"] != "failed"]
+        for row in map(json.loads, kept):
+            replies[row.pop("number")] = Reply(**row)
+        with atomic(part) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+    missing = [(n, text) for n, text in enumerate(questions) if n not in replies]
+    with part.open("a", encoding="utf-8", newline="\n") as file:
+        for number, raw in progress(answer(missing) if missing else (), total=len(missing), desc=path.stem):
+            title = titles[number] if titles else None
+            replies[number] = Reply("failed", None, "") if raw is None else parse_reply(raw, key, title)
+            file.write(json.dumps({"number": number, **vars(replies[number])}, ensure_ascii=False) + "\n")
+            file.flush()
+    found = [replies[n] for n in range(len(questions))]
+    if found and all(reply.status == "failed" for reply in found):
+        raise UserError(f"no question of {len(found)} was answered; is the server up? Nothing is lost: start again")
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps({"number": n, **vars(r)}, ensure_ascii=False) + "\n" for n, r in enumerate(found))
+    part.unlink()
+    return found

@@ -1,0 +1,275 @@
+"""One way from a prompt to a vector, the same for every model family, tokenizer, padding and batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from hnlm_ref import llm
+from hnlm_ref.console import UserError
+from hnlm_ref.prompts import QUERY_USER, fill
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+
+
+def plain(model, ids: list[int], n_prefix: int, pooling: str) -> torch.Tensor:
+    """The vector of one sequence as transformers alone gives it."""
+    hidden = model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    return hidden[-1] if pooling == "last" else hidden[n_prefix:].mean(0)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_vectors_are_those_of_each_sequence_alone(family, pooling):
+    model, tokenizer = llm.tiny_model(family)
+    model.eval()
+    texts = llm.encode(tokenizer, ["a user part", "x", "a much longer continuation", ""])
+    prefix, parts = [0, *texts[0]], [[*ids, 1] for ids in texts[1:]]
+    rows = [(prefix, parts), ([0], parts[:1]), (prefix + prefix, parts[1:])]
+    with torch.no_grad():
+        packed = llm.embed(model, llm.pack(rows), pooling=pooling)  # [6, 32]
+        alone = [plain(model, [*start, *part], len(start), pooling) for start, some in rows for part in some]
+        one_by_one = [
+            llm.embed(model, llm.pack([(start, [part])]), pooling=pooling) for start, some in rows for part in some
+        ]
+    assert torch.isfinite(packed).all()  # the empty text too (case D18)
+    torch.testing.assert_close(packed, torch.stack(alone), atol=1e-5, rtol=0)  # case D04
+    torch.testing.assert_close(torch.cat(one_by_one), torch.stack(alone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_vectors_are_those_of_a_padded_batch_of_transformers_on_either_side(side):
+    model, tokenizer = llm.tiny_model()
+    model.eval()
+    sequences = [[0, *ids, 1] for ids in llm.encode(tokenizer, ["a", "a long text " * 5])]
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, side  # pad = EOS on purpose (case D05)
+    padded = tokenizer.pad(
+        {"input_ids": sequences, "attention_mask": [[1] * len(s) for s in sequences]}, return_tensors="pt"
+    )
+    position = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        hidden = model.get_decoder()(**padded, position_ids=position).last_hidden_state
+        ours = llm.embed(model, llm.pack([([], [ids]) for ids in sequences]))
+    last = [-1, -1] if side == "left" else [len(ids) - 1 for ids in sequences]
+    torch.testing.assert_close(ours, hidden[torch.arange(2), last], atol=1e-5, rtol=0)
+
+
+def test_packing_lays_positions_and_branches_as_drawn():
+    batch = llm.pack([([5, 6], [[7], [8, 9]]), ([4], [[3]])])
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
+    assert batch.branch.tolist() == [[0, 0, 1, 2, 2], [0, 1, -1, -1, -1]]
+    assert batch.position.tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]
+
+
+def users_and_items(n_titles: int = 3) -> tuple[list[dict], list[dict]]:
+    titles = ", ".join(f"History item number {n:03d} with a long name" for n in reversed(range(n_titles)))
+    items = [{"title": "TARGET-KEEP-ME", "profile": "TARGET-KEEP-ME. " + "very " * 200}, {"title": "", "profile": ""}]
+    return [{"profile": f"Lately took {titles}."}, {"profile": ""}], items
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_query_has_one_bos_if_any_one_eos_and_two_soft_tokens(bos):
+    _, tokenizer = llm.tiny_model()
+    if not bos:  # as in Qwen and GPT-2
+        tokenizer.bos_token = None
+    queries = llm.make_queries(tokenizer, *users_and_items(), 256, 64)
+    prefix, parts = queries.row(1, [0, 1])
+    for part in parts:
+        ids = prefix + part
+        assert (ids.count(0), ids.count(1), ids[-1]) == (int(bos), 1, 1)  # case D06
+    assert [[n for n in part if n < 0] for part in parts] == [[-2, -3], [-2, -4]]  # users 0, 1 are -1, -2
+
+
+def test_a_long_history_loses_its_oldest_items_and_nothing_else():
+    _, tokenizer = llm.tiny_model()
+    queries = llm.make_queries(tokenizer, *users_and_items(200), 192, 64)
+    prefix, parts = queries.row(0, [0])
+    assert len(prefix) == 192 and len(parts[0]) == 64  # case D03: 256 in all
+    text = tokenizer.decode([n for n in prefix + parts[0] if n >= 0])
+    assert fill(QUERY_USER, profile="") in text and "TARGET-KEEP-ME" in text and "Passed over:" in text
+    assert "number 199" in text and "number 197" not in text
+    assert queries.n_shortened == 2  # this user and this item
+
+
+def test_limits_that_leave_no_room_are_refused_with_the_least_that_works():
+    _, tokenizer = llm.tiny_model()
+    with pytest.raises(UserError, match="least that works") as error:
+        llm.make_queries(tokenizer, *users_and_items(), 20, 5)
+    least = [int(word) for word in str(error.value).replace(",", "").split() if word.isdigit()][-2:]
+    llm.make_queries(tokenizer, *users_and_items(), *least)
+    with pytest.raises(UserError):
+        llm.make_queries(tokenizer, *users_and_items(), least[0] - 1, least[1])
+
+
+def test_a_chat_template_that_writes_bos_gives_one_bos():
+    _, tokenizer = llm.tiny_model()
+    assert llm.chat_ids(tokenizer, "hi").count(0) == 1  # no template: ours
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    ids = llm.chat_ids(tokenizer, "hi")
+    assert ids == [0, *llm.encode(tokenizer, ["hi"])[0]]  # case D06
+
+
+def negative_model(seed: int = 0, n_out: int = 3, rank: int = 4) -> llm.NegativeModel:
+    base, _ = llm.load_llm("tiny", "cpu")
+    rng = np.random.default_rng(5)
+    torch.manual_seed(seed)
+    cf = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(2, 4)).astype(np.float32)
+    return llm.NegativeModel(llm.add_lora(base, rank, 2 * rank, 0.0), *cf, n_out)
+
+
+def query_batch() -> llm.Batch:
+    _, tokenizer = llm.tiny_model()
+    queries = llm.make_queries(tokenizer, *users_and_items(), 160, 64)
+    return llm.pack([queries.row(0, [0, 1]), queries.row(1, [1])])
+
+
+def tune(model: llm.NegativeModel, n_steps: int) -> float:
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(n_steps):
+        h, z = model(query_batch())
+        loss = (z - 1).square().mean() + h.square().mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+    return loss.item()
+
+
+def test_soft_tokens_put_each_users_and_items_own_vector_in():
+    model = negative_model().eval()
+    with torch.no_grad():
+        before, _ = model(query_batch())
+        model.cf_item[1] += 1.0
+        of_item, _ = model(query_batch())
+        model.cf_user[1] += 1.0
+        of_user, _ = model(query_batch())
+    changed = [((a - b).abs().max(1).values > 1e-6).tolist() for a, b in ((before, of_item), (of_item, of_user))]
+    assert changed == [[False, True, True], [False, False, True]]  # pairs (0, 0), (0, 1), (1, 1)
+
+
+def test_a_saved_model_gives_its_vectors_again_in_a_new_process_and_in_plain_peft(tmp_path):
+    model = negative_model()
+    with torch.no_grad():
+        untuned, _ = model.eval()(query_batch())
+    tune(model, 5)
+    model.save(tmp_path)
+    with torch.no_grad():
+        tuned, z = model(query_batch())
+    assert (tuned - untuned).abs().max() > 1e-3
+    # case D07: another process, from the files alone
+    script = (
+        "import sys, numpy as np, torch; sys.path.insert(0, sys.argv[2]); import test_llm as t; from pathlib import Path\n"
+        "from hnlm_ref import llm\n"
+        "fresh = t.negative_model(); cf = fresh.cf_user.numpy(), fresh.cf_item.numpy()\n"
+        "base, _ = llm.load_llm('tiny', 'cpu'); model = llm.load_negative_model(base, Path(sys.argv[1]), *cf)\n"
+        "with torch.no_grad(): np.save(sys.argv[1] + '/again.npy', torch.cat(model(t.query_batch()), 1).numpy())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path, Path(__file__).parent], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "again.npy"), torch.cat([tuned, z], 1), atol=1e-6)
+    # and PEFT alone reads the adapter
+    base, tokenizer = llm.load_llm("tiny", "cpu")
+    ids = [0, *llm.encode(tokenizer, ["some text"])[0], 1]
+    with torch.no_grad():
+        ours = llm.embed(model.llm, llm.pack([([], [ids])]))[0]
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        torch.testing.assert_close(plain(theirs.base_model, ids, 0, "last"), ours, atol=1e-6, rtol=0)
+
+
+def test_an_adapter_that_is_absent_or_of_another_shape_is_an_error(tmp_path):
+    base, _ = llm.load_llm("tiny", "cpu")
+    with pytest.raises(UserError, match="no PEFT adapter there"):
+        llm.load_lora(base, tmp_path / "no" / "such" / "dir")  # case D08
+    negative_model().save(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = llm.load_file(file)
+    llm.save_file(dict(list(weights.items())[1:]), file)
+    with pytest.raises(UserError, match="1 of its weights are missing, 0 are unknown"):
+        llm.load_lora(llm.load_llm("tiny", "cpu")[0], tmp_path / "adapter")
+
+
+def test_recomputing_activations_changes_no_gradient_and_reaches_every_layer():
+    gradients = []
+    for recompute in (False, True):
+        model = negative_model()
+        tune(model, 1)  # lora_B leaves zero, so that lora_A gets a gradient
+        if recompute:
+            llm.recompute_activations(model)
+        model.train()
+        sum(x.square().mean() for x in model(query_batch())).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient.norm() > 0, name  # case D10
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_ridge_puts_the_head_where_least_squares_does():
+    model, generator = negative_model(n_out=2), torch.Generator().manual_seed(0)
+    h = torch.randn(400, 32, generator=generator)
+    x = torch.nn.functional.layer_norm(h, (32,))
+    targets = torch.nn.functional.normalize(x[:, :2] + 0.5, dim=1)
+    model.solve_head(h, targets * 7, ridge=1e-6)
+    with_bias = torch.cat([x, torch.ones(400, 1)], 1)
+    expected = with_bias @ torch.linalg.lstsq(with_bias, targets, driver="gelsd").solution
+    torch.testing.assert_close(model.head(h), expected, atol=1e-3, rtol=0)
+
+
+def test_whitened_directions_have_variance_one_and_no_correlation():
+    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32) * [1, 2, 3, 4, 5, 0]
+    white = llm.whiten(x - x.mean(0), n_directions=5)
+    assert white.shape == (50, 5)
+    np.testing.assert_allclose(white.T @ white / 50, np.eye(5), atol=1e-5)
+
+
+def test_text_vectors_are_centred_and_an_empty_text_has_one_too():
+    base, tokenizer = llm.load_llm("tiny", "cpu")
+    texts = ["a chess set", "", "another"]
+    vectors = llm.text_vectors(base, tokenizer, texts, batch_size=2)
+    assert np.isfinite(vectors).all() and vectors.shape == (3, 32)
+    np.testing.assert_allclose(vectors.mean(0), 0, atol=1e-6)
+    raw = torch.stack([plain(base, [0, *ids, 1], 1, "mean") for ids in llm.encode(tokenizer, texts)]).detach().numpy()
+    np.testing.assert_allclose(vectors, raw - raw.mean(0), atol=1e-5)
+
+
+def save_tiny(folder: Path, **changes) -> None:
+    model, tokenizer = llm.tiny_model()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_model_folder_loads_offline_without_a_pad_token_and_says_its_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # case D14
+    save_tiny(tmp_path)
+    model, tokenizer = llm.load_llm(str(tmp_path), "cpu")
+    n = sum(p.numel() for p in model.parameters())
+    assert f"{n / 1e6:,.0f} M parameters" in capsys.readouterr().err
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 1  # case D05
+    assert not any(p.requires_grad for p in model.parameters())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors"):
+        llm.load_llm(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "nowhere.gguf", "package:hnlm_ref/none.gguf", "package:no_such_pkg/x"]
+)
+def test_a_model_that_is_not_there_is_named(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="no"):
+        llm.load_llm(name, "cpu")
+
+
+def test_generated_texts_do_not_depend_on_the_batch():
+    base, tokenizer = llm.load_llm("tiny", "cpu")
+    prompts = [llm.chat_ids(tokenizer, text) for text in ("a", "a longer question", "b")]
+    together = llm.generate_texts(base, tokenizer, prompts, 8)
+    assert together == [llm.generate_texts(base, tokenizer, [ids], 8)[0] for ids in prompts]
+    expected = base.generate(torch.tensor([prompts[0]]), max_new_tokens=8, do_sample=False)[0, len(prompts[0]) :]
+    assert together[0] == tokenizer.decode(expected, skip_special_tokens=True)
