@@ -24,6 +24,8 @@ def curves(name: str, series: Series, x_label: str, y_label: str, ticks: Sequenc
         axes.set(xlabel=x_label, ylabel=y_label)
         if ticks:
             axes.set_xticks(range(1, len(ticks) + 1), ticks)
+        elif all(isinstance(place, int) for x, _ in found for place in x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.figure.legend(loc="outside lower center", ncols=3)
 
     told = []

@@ -18,7 +18,7 @@ from hnlm_ref import metrics
 from hnlm_ref.artifacts import STAGES, Csr, Prep, Run, atomic, load_json, load_jsonl, load_npy
 from hnlm_ref.console import UserError
 
-N_PAIRS, N_HISTORY = 5, 20  # Choice: what is shown of a user, the newest first
+N_HISTORY, N_PAIRS, N_MATCHES = 20, 5, 5  # Choice: what is shown of a user (the newest), and of a pair (the nearest)
 N_EXPLORED = 200  # Choice: users in a page's explorer
 
 Cells = list[list[str]]
@@ -125,15 +125,16 @@ class View:
         return {"users": users, "items": {n: item["title"] or f"(no title) {item['key']}" for n, item in items}}
 
     def _pair(self, row: int, free: np.ndarray, scores: dict[str, np.ndarray]) -> dict:
-        positive, kept = int(self.generated["pairs"][row, 1]), self.generated["matches"][row] >= 0
-        matches = self.generated["matches"][row][kept].tolist()
+        positive, matches = int(self.generated["pairs"][row, 1]), self.generated["matches"][row, :N_MATCHES]
+        scores_of = self.generated["match_scores"][row, :N_MATCHES][matches >= 0].tolist()
+        matches = matches[matches >= 0].tolist()
 
         def places(table: np.ndarray) -> list[int]:
             return [1 + int((table[free] > table[item]).sum()) for item in (positive, *matches)]
 
         return {
             "positive": positive,
-            "matches": list(zip(matches, self.generated["match_scores"][row][kept].tolist(), strict=True)),
+            "matches": list(zip(matches, scores_of, strict=True)),
             "places": {method: places(table) for method, table in scores.items()},  # of the positive, then the matches
             "reply": self.generated["texts"] and self.generated["texts"][row],
         }
@@ -205,10 +206,15 @@ def table(run_dir: Path) -> str:
 
 def head(view: View) -> str:
     """The run in one line."""
-    counts = view.stages["prep"]["counts"]
+    counts, recommender = view.stages["prep"]["counts"], view.training(next(iter(view.methods)))[0]["knobs"]
     parts = " / ".join(f"{counts[part]:,}" for part in ("train", "valid", "test"))
-    model = f", {view.stages['sft']['knobs']['model']}" if "sft" in view.stages else ""
-    return f"{view.name}: {counts['users']:,} users, {counts['items']:,} items, {parts} train / valid / test{model}"
+    model = (
+        f"language model {Path(view.stages['sft']['knobs']['model']).name}"
+        if "sft" in view.stages
+        else "no language model"
+    )
+    text = f"{view.name}: {counts['users']:,} users, {counts['items']:,} items, {parts} train / valid / test pairs"
+    return f"{text}; {recommender['backbone']} with {recommender['dim']} dimensions; {model}"
 
 
 def outcome(view: View) -> str:
@@ -364,8 +370,7 @@ def write(views: list[View], path: Path, n_explored: int = N_EXPLORED) -> None:
     parts = {
         "title": html.escape("HNLMRec: " + " and ".join(view.name for view in views)),
         "lead": "".join(f"<p>{html.escape(head(view))}. {html.escape(outcome(view))}</p>" for view in views),
-        "table": _table(result_rows(name_all(views))),
-        "comparisons": _table(comparison_rows(views)),
+        "tables": _table(result_rows(name_all(views))) + _table(comparison_rows(views)),
         "pictures": "".join(
             f"<figure><h3>{title}</h3>{svg}<figcaption>{CAPTIONS[title]}</figcaption></figure>"
             for title, svg in draw(views).items()
@@ -415,4 +420,6 @@ def _table(cells: Cells) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
 
     body = "".join(row(values, "td") for values in cells[1:])
-    return f"<div class=scroll><table><thead>{row(cells[0], 'th')}</thead><tbody>{body}</tbody></table></div>"
+    return (
+        f"<div class=scroll tabindex=0><table><thead>{row(cells[0], 'th')}</thead><tbody>{body}</tbody></table></div>"
+    )

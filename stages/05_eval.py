@@ -146,10 +146,12 @@ def main(cfg: EvalConfig, run: Run) -> dict:
         _, method, seed = name.split("/")
         folder = run.folder(name)
         user_emb, item_emb = load_npy(folder / "user.npy", mmap=True)[users], load_npy(folder / "item.npy")
-        try:
-            lists, _ = metrics.recommend(user_emb, item_emb, known, k, run.n_threads)  # int32 [n_users, K]
-        except ValueError as error:  # a vector that is not finite (case C11)
-            raise UserError(f"{folder}: {error}") from error
+        for side, table, numbers in (("user", user_emb, users), ("item", item_emb, np.arange(prep.n_items))):
+            for row in np.flatnonzero(~np.isfinite(table).all(1))[:1]:  # case C11
+                raise UserError(
+                    f"{folder / side}.npy: {side} {numbers[row]} has a number that is not finite; train again"
+                )
+        lists, _ = metrics.recommend(user_emb, item_emb, known, k, run.n_threads)  # int32 [n_users, K]
         ranks = _core.ranks_in_lists(lists, held_out.indptr, held_out.indices)  # int32 [test pairs]
         per_user = np.full((len(metrics.METRICS) * len(cfg.k), prep.n_users), np.nan)  # [n_columns, U]
         of_users = metrics.from_ranks(ranks, held_out, cfg.k)

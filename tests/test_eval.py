@@ -1,0 +1,144 @@
+"""Stage 5: groups, lists and negatives by hand; what it writes, opens and refuses."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from test_metrics import csr
+
+from hnlm_ref import metrics
+from hnlm_ref.artifacts import Csr, Run, load_csr, load_json, load_jsonl, load_npy, save_npy
+from hnlm_ref.cli import load_stage
+
+load_stage("eval")
+stage = sys.modules["hnlm_stage_eval"]
+
+
+def test_groups_hold_equal_shares_of_the_interactions():
+    """Twelve interactions in two groups: 1 + 1 + 2 + 2 on one side, 6 on the other."""
+    counts = np.array([6, 1, 1, 2, 2])
+    assert stage.equal_groups(counts, 2).tolist() == [1, 0, 0, 0, 0]
+    assert stage.equal_groups(np.array([1, 1, 1, 1]), 2).tolist() == [0, 0, 1, 1]  # ties are cut by number
+    assert stage.equal_groups(np.array([0, 0]), 3).tolist() == [0, 0]
+    groups = stage.describe_groups(stage.equal_groups(counts, 2), counts, np.array([1, 0, 0]), 2)
+    assert groups[0] == {"members": 4, "interactions": 6, "test_pairs": 2}
+    assert groups[1] == {"members": 1, "interactions": 6, "test_pairs": 1}
+
+
+def test_the_mean_of_a_group_leaves_out_what_is_missing_and_says_so_when_nothing_is_left():
+    values = np.array([1.0, 0.0, np.nan, np.nan])
+    assert stage.group_means(values, np.array([0, 0, 0, 1]), 3) == [0.5, None, None]
+
+
+def test_the_spread_of_lists_is_counted_over_the_whole_catalogue():
+    """Five items, item 0 the head; six places, three for item 0, two for item 1, one for item 2.
+
+    Gini over (0, 0, 1, 2, 3): (0 x -4 + 0 x -2 + 1 x 0 + 2 x 2 + 3 x 4) / (5 x 6) = 16 / 30.
+    """
+    lists = np.array([[0, 1], [0, 1], [0, -1], [2, -1]])
+    found = stage.describe_lists(lists, np.array([9, 4, 3, 2, 1]))
+    assert found == {"coverage": 0.6, "gini": pytest.approx(16 / 30), "head_share": 0.5}
+
+
+def test_false_negatives_are_held_against_chance():
+    """User 0 took 2 of 6 items and holds out 1: chance 1/4; user 1 took 1 and holds out 2: chance 2/5.
+
+    Drawn: (0, 2) false, (0, 3), (1, 4) false, (1, 5) false; user 2 holds nothing out and does not count.
+    """
+    train, test = csr([[0, 1], [0], [0]], 6), csr([[2], [4, 5], []], 6)
+    pairs = np.array([[0, 2], [0, 3], [1, 4], [1, 5], [2, 3]], np.int32)
+    found = stage.describe_negatives(pairs, train, test, None, 1)
+    assert (found["n"], found["distinct_items"], found["top_item_share"]) == (4, 4, 0.25)
+    assert found["false"][0] == 0.75 and found["chance"] == pytest.approx((2 / 4 + 2 * 2 / 5) / 4)
+    # Warm-up scores are the item numbers: of user 0's free items 2 3 4 5, none lies below 2 and one of three below 3;
+    # of user 1's free items 1 2 3 4 5, three of four lie below 4, all below 5.
+    warm_up = np.ones((3, 1), np.float32), np.arange(6, dtype=np.float32)[:, None]
+    hard = stage.describe_negatives(pairs, train, test, warm_up, 1)["percentile"]
+    assert hard == pytest.approx((0 + 1 / 3 + 3 / 4 + 1) / 4)
+
+
+def test_metrics_json_says_what_a_slow_twin_says(toy_run):
+    prep = Run(toy_run).prep()
+    test = load_csr(toy_run / "prep", "test", prep.n_items)
+    found = load_json(toy_run / "eval" / "metrics.json")
+    for method in ("uniform", "dns", "hnlm"):
+        folder = toy_run / "train" / method / "seed0"
+        scores = load_npy(folder / "user.npy").astype(np.float64) @ load_npy(folder / "item.npy").astype(np.float64).T
+        recall, used = [], np.zeros(prep.n_items)
+        for user in range(prep.n_users):
+            known = {*prep.train.row(user).tolist(), *prep.valid.row(user).tolist()}
+            ranking = [item for item in np.argsort(-scores[user], kind="stable").tolist() if item not in known][:20]
+            used[ranking] += 1
+            if len(test.row(user)):
+                recall.append(len(set(ranking) & set(test.row(user).tolist())) / len(test.row(user)))
+        told = found["methods"][method]["seed0"]
+        assert told["recall@20"] == pytest.approx(np.mean(recall), abs=1e-12) and found["users"] == len(recall)
+        assert told["lists"]["coverage"] == pytest.approx((used > 0).mean())
+        drawn = load_npy(folder / "negatives.npy")
+        false = np.mean([item in test.row(user) for user, item in drawn if len(test.row(user))])
+        assert found["negatives"][method]["false"][0] == pytest.approx(false)
+    assert sum(group["interactions"] for group in found["popularity_groups"]) == prep.train.nnz
+    assert sum(group["test_pairs"] for group in found["activity_groups"]) == test.nnz
+    per_user = load_npy(toy_run / "eval" / "per_user" / "dns-seed0.npy")
+    assert per_user.shape == (len(found["columns"]), prep.n_users) and per_user.dtype == np.float64
+    row = found["columns"].index("ndcg@20")
+    assert metrics.mean(per_user[row]) == found["methods"]["dns"]["seed0"]["ndcg@20"]  # no rounding, case C18
+
+
+def test_no_seconds_stand_in_the_files_that_make_the_fingerprint(toy_run):
+    manifest = load_json(toy_run / "eval" / "manifest.json")
+    assert {"metrics.json", "comparisons.json", "per_user/hnlm-seed0.npy"} <= set(manifest["files"])
+    assert "report.html" not in manifest["files"] and (toy_run / "eval" / "report.html").exists()
+    assert "seconds" not in (toy_run / "eval" / "metrics.json").read_text(encoding="utf-8")
+
+
+def test_a_subset_of_users_is_marked_and_the_others_are_nan(toy_run, tmp_path, cli):
+    run = shutil.copytree(toy_run, tmp_path / "run")  # case G06
+    assert cli("eval", "--preset", "toy", "--run-dir", run, "--n-users", "7").returncode == 0
+    found = load_json(run / "eval" / "metrics.json")
+    assert found["subset"] == found["users"] == 7
+    per_user = load_npy(run / "eval" / "per_user" / "dns-seed0.npy")
+    whole = load_npy(toy_run / "eval" / "per_user" / "dns-seed0.npy")
+    kept = ~np.isnan(per_user[0])
+    assert kept.sum() == 7
+    np.testing.assert_array_equal(per_user[:, kept], whole[:, kept])
+    assert "a subset of 7 users" in cli("show", run).stdout
+
+
+def test_the_test_part_is_opened_once_and_only_after_training(toy_run, tmp_path, monkeypatch):
+    run = shutil.copytree(toy_run, tmp_path / "run")  # case C13
+    opened = []
+    monkeypatch.setattr(Run, "test", lambda self: opened.append(1) or load_csr(self.dir / "prep", "test", 80))
+    (tmp_path / "out").mkdir()
+    stage.main(stage.EvalConfig(), Run(run, methods=("uniform", "dns"), out=tmp_path / "out"))
+    assert len(opened) == 1
+    log = load_jsonl(run / "train" / "dns" / "seed0" / "log.jsonl")
+    best = load_json(run / "train" / "dns" / "seed0" / "manifest.json")["counts"]["best epoch"]
+    assert log[best - 1]["valid_ndcg@20"] == max(row["valid_ndcg@20"] for row in log)  # C14: the epoch is stored
+
+
+def test_a_vector_that_is_no_number_is_refused_and_no_metrics_are_written(toy_run, tmp_path, cli):
+    run = shutil.copytree(toy_run, tmp_path / "run")  # case C11
+    shutil.rmtree(run / "eval")
+    table = load_npy(run / "train" / "dns" / "seed0" / "user.npy")
+    table[3, 5] = np.nan
+    save_npy(run / "train" / "dns" / "seed0" / "user.npy", table)
+    done = cli("eval", "--preset", "toy", "--run-dir", run)
+    assert done.returncode == 1 and "user 3" in done.stderr and "Traceback" not in done.stderr
+    assert not (run / "eval").exists()
+
+
+def test_comparisons_are_those_of_the_per_user_files(toy_run):
+    told = {(c["method"], c["metric"]): c for c in json.loads((toy_run / "eval" / "comparisons.json").read_text())}
+    row = load_json(toy_run / "eval" / "metrics.json")["columns"].index("ndcg@20")
+    a, b = (load_npy(toy_run / "eval" / "per_user" / f"{method}-seed0.npy")[row] for method in ("dns", "uniform"))
+    assert told["dns", "ndcg@20"]["p"] == metrics.sign_flip_p(a, b)
+    assert told["dns", "ndcg@20"]["difference"] == pytest.approx(np.nanmean(a - b))
+
+
+def test_rows_of_a_csr_come_in_the_order_asked_for():
+    taken = csr([[0, 1], [], [2]], 3).take(np.array([2, 1, 0]))
+    assert (taken.indptr.tolist(), taken.indices.tolist()) == ([0, 1, 1, 3], [2, 0, 1])
+    assert Csr.take(taken, np.array([], int)).nnz == 0

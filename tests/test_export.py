@@ -1,0 +1,190 @@
+"""Export: every table in every format loads back equal, and works where it is meant to be used (case G01)."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from hnlm_ref.artifacts import Csr, Run, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
+from hnlm_ref.export import WRITERS, export
+from hnlm_ref.report import View
+
+AWKWARD = 'Tab\there, "quoted" & a line\nbreak, Pokémon'
+
+
+@pytest.fixture(scope="module")
+def run(toy_run, tmp_path_factory):
+    """The toy run with raw keys that tempt a reader: numbers with zeros in front, and a title full of separators."""
+    folder = shutil.copytree(toy_run, tmp_path_factory.mktemp("export") / "run")
+    for name in ("users", "items"):
+        rows = load_jsonl(folder / "prep" / f"{name}.jsonl")
+        save_jsonl(folder / "prep" / f"{name}.jsonl", ({**row, "key": f"00{n}"} for n, row in enumerate(rows)))
+    items = load_jsonl(folder / "prep" / "items.jsonl")
+    save_jsonl(folder / "prep" / "items.jsonl", ({**item, "title": AWKWARD} for item in items))
+    return folder
+
+
+def expected(run, what: str) -> dict[str, list]:
+    """The table by a plain loop over the artifacts."""
+    view, rows = View(run), []
+    if what == "negatives":
+        pairs, matches, scores = (load_npy(run / "generate" / f"{n}.npy") for n in ("pairs", "matches", "match_scores"))
+        for (user, item), found, values in zip(pairs, matches, scores, strict=True):
+            for j, score in zip(found, values, strict=True):
+                if j >= 0:
+                    rows.append((f"00{user}", f"00{item}", f"00{j}", float(score), "llm", AWKWARD))
+        return dict(zip(("user", "item", "negative", "score", "source", "text"), zip(*rows, strict=True), strict=True))
+    for user, story in enumerate(view.stories(range(view.prep.n_users))["users"]):
+        for rank, item in enumerate(story["lists"]["dns"], 1):
+            rows.append((f"00{user}", f"00{item}", rank))
+    return dict(zip(("user", "item", "rank"), zip(*rows, strict=True), strict=True))
+
+
+def read(path, kind: str) -> dict[str, list]:
+    """What another program reads."""
+    if kind == "npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name].tolist() for name in file.files}
+    if kind == "parquet":
+        return pl.read_parquet(path).to_dict(as_series=False)
+    if kind == "jsonl":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+    with path.open(encoding="utf-8", newline="") as file:
+        names, *rows = list(csv.reader(file, delimiter="\t" if kind == "recbole" else ","))
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+RECBOLE = {"user": "user_id:token", "item": "item_id:token", "negative": "neg_item_id:token", "score": "score:float",
+           "source": "source:token", "text": "text:token_seq", "rank": "rank:float"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("what", ["negatives", "recommendations"])
+def test_what_is_written_loads_back_equal(run, tmp_path, what, kind):
+    method = None if what == "negatives" else "dns"
+    (path,) = export(run, what, kind, tmp_path, method)
+    assert path.name == (f"{what}.inter" if kind == "recbole" else f"{what}.{kind}")
+    found = read(path, kind)
+    for name, values in expected(run, what).items():
+        back = found[RECBOLE[name] if kind == "recbole" else name]
+        if name in ("score", "rank"):
+            np.testing.assert_array_equal(np.array(back, np.float32), np.array(values, np.float32))
+        else:
+            assert back == list(values)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_embeddings_load_back_equal_beside_their_keys(run, tmp_path, kind):
+    names = {"user": ("uid:token", "user_emb:float_seq"), "item": ("iid:token", "item_emb:float_seq")}
+    for side, path in zip(("user", "item"), export(run, "embeddings", kind, tmp_path, "hnlm"), strict=True):
+        key, vector = names[side] if kind == "recbole" else (f"{side}_key", f"{side}_vector")
+        found, table = read(path, kind), load_npy(run / "train" / "hnlm" / "seed0" / f"{side}.npy")
+        back = [np.array(v.split() if isinstance(v, str) else v, np.float32) for v in found[vector]]
+        np.testing.assert_array_equal(back, table)
+        assert found[key] == [f"00{n}" for n in range(len(table))]
+
+
+def test_a_sampler_s_negatives_are_its_own_and_never_training_items(run, tmp_path):
+    (path,) = export(run, "negatives", "parquet", tmp_path, "dns")
+    found, prep = pl.read_parquet(path), Run(run).prep()
+    drawn = load_npy(run / "train" / "dns" / "seed0" / "negatives.npy")
+    assert found["negative"].to_list() == [f"00{item}" for item in drawn[:, 1]]
+    assert found["source"].unique().to_list() == ["sampler"]
+    assert found.select("user", "item").rows() == [(f"00{u}", f"00{i}") for u, i in prep.train.pairs()]
+    train = {(f"00{u}", f"00{i}") for u, i in prep.train.pairs()}
+    assert not train & set(found.select("user", "negative").rows())
+
+
+def test_recommendations_of_many_users_stream_to_disk(tmp_path):
+    """60,000 users x 20 recommendations are 1.2 M rows, over 150 MB as Python values; writing them may cost 60 MB."""
+    n_users, n_items, run = 60_000, 50, tmp_path / "run"
+    for stage in ("prep", "eval", "train/mf/seed0"):
+        (run / stage).mkdir(parents=True)
+        manifest = {"counts": {}, "timing": {}, "knobs": {}, "fingerprint": stage, "inputs": {}}
+        save_json(run / stage / "manifest.json", manifest)
+    save_json(run / "eval" / "metrics.json", {"k": [20], "methods": {"mf": {"seed0": {}}}})
+    save_jsonl(run / "prep" / "users.jsonl", ({"user": n, "key": f"u{n}"} for n in range(n_users)))
+    save_jsonl(run / "prep" / "items.jsonl", ({"item": n, "key": f"i{n}", "title": ""} for n in range(n_items)))
+    none = Csr.from_pairs(np.array([], int), np.array([], int), n_users, n_items)
+    for part in ("train", "valid", "test"):
+        save_csr(run / "prep", part, none)
+    save_npy(run / "prep" / "train.order.npy", np.zeros(0, np.int32))
+    rng = np.random.default_rng(0)
+    for side, n in (("user", n_users), ("item", n_items)):
+        save_npy(run / "train" / "mf" / "seed0" / f"{side}.npy", rng.normal(size=(n, 4)).astype(np.float32))
+    program = f"""
+import resource, pathlib
+from hnlm_ref.export import export, _recommendations
+from hnlm_ref.report import View
+for kind in ("csv", "parquet"):
+    path = pathlib.Path({str(run)!r})
+    next(_recommendations(View(path), path / "train/mf/seed0"))  # the users are read: what comes on top is counted
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (out,) = export(path, "recommendations", kind, pathlib.Path({str(tmp_path)!r}))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert max(map(int, done.stdout.split())) * (1 if sys.platform == "darwin" else 1024) < 60e6
+    for table in (pl.scan_parquet(tmp_path / "recommendations.parquet"), pl.scan_csv(tmp_path / "recommendations.csv")):
+        assert table.select(pl.len()).collect().item() == 1_200_000
+
+
+def test_generated_negatives_serve_in_a_plain_pytorch_loop(run, tmp_path):
+    """The README's example."""
+    export(run, "negatives", "npz", tmp_path)
+    torch.manual_seed(0)
+    data = np.load(tmp_path / "negatives.npz")
+    users, user = np.unique(data["user"], return_inverse=True)
+    items, item = np.unique(np.concatenate([data["item"], data["negative"]]), return_inverse=True)
+    u, (i, j) = torch.from_numpy(user), torch.from_numpy(item).chunk(2)
+    user_table, item_table = torch.nn.Embedding(len(users), 16), torch.nn.Embedding(len(items), 16)
+    optimiser = torch.optim.Adam([*user_table.parameters(), *item_table.parameters()], lr=0.05)
+    for _ in range(20):
+        loss = torch.nn.functional.softplus((user_table(u) * (item_table(j) - item_table(i))).sum(1)).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert users[u[0]] == "000" and loss.item() < 0.5
+
+
+RECBOLE_EXAMPLE = """
+import sys, torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.model.general_recommender import BPR
+
+settings = {"data_path": sys.argv.pop(), "load_col": {"inter": ["user_id", "item_id", "neg_item_id"]},
+            "alias_of_item_id": ["neg_item_id"], "train_neg_sample_args": None,
+            "eval_args": {"split": {"RS": [1, 0, 0]}, "group_by": None, "order": "RO", "mode": "full"}}
+config = Config(model="BPR", dataset="negatives", config_dict=settings)
+train, _, _ = data_preparation(config, create_dataset(config))
+model = BPR(config, train.dataset)
+optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+for epoch in range(5):
+    for batch in train:
+        loss = model.calculate_loss(batch)
+        optimiser.zero_grad(), loss.backward(), optimiser.step()
+    print(loss.item(), len(batch))
+"""
+
+
+def test_generated_negatives_serve_in_recbole(run, tmp_path):
+    """The README's example: RecBole's BPR takes neg_item_id from the file in place of a sampler's."""
+    python = os.environ.get("HNLM_RECBOLE_PYTHON")
+    if python is None:
+        pytest.skip("RecBole 1.2.1 needs numpy < 2: set HNLM_RECBOLE_PYTHON to the python of an environment with it")
+    export(run, "negatives", "recbole", tmp_path / "negatives")
+    command = [python, "-c", RECBOLE_EXAMPLE, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[0]) for line in done.stdout.splitlines()[-5:]]
+    assert losses[-1] < 0.3 < losses[0] < 0.75
