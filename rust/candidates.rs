@@ -5,26 +5,31 @@ use rayon::prelude::*;
 use crate::csr::{CsrView, check_users};
 use crate::error::{Error, Result};
 use crate::random::{Stream, below};
+use crate::simd;
 
-/// Draws per parallel task; small enough to balance, large enough to forget the task's cost.
-const DRAWS_PER_TASK: usize = 1 << 15;
+/// Draws per parallel task; small enough to balance and to stay in the cache, large enough to
+/// forget the task's cost.
+const DRAWS_PER_TASK: usize = 1 << 14;
 
 /// Fills `out`, `n_negatives` per entry of `users`, uniformly with replacement from the items
 /// the user does not own.
 pub fn sample_uniform(csr: CsrView, users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32]) -> Result<()> {
-    each_run(csr, users, n_negatives, out, |rows, owned, user, out| {
-        let free = csr.n_cols - owned.items.len();
-        if free == 0 {
+    let n_items = csr.n_cols as u32;
+    each_run(csr, users, n_negatives, n_items, seed, out, |run, user, owned, out, _| {
+        let n_free = csr.n_cols - owned.items.len();
+        if n_free == 0 {
             return Err(Error::NoFreeItem { user, seen: csr.n_cols, n_items: csr.n_cols });
         }
         if owned.items.len() * 4 > csr.n_cols {
-            draw_all(seed, rows, n_negatives, out, |word| below(word, free as u32).map(|rank| owned.free_item(rank)));
-        } else {
+            run.draw_all(out, |word| below(word, n_free as u32).map(|rank| owned.free_item(rank)));
+            return Ok(());
+        }
+        let again = |word| below(word, n_items).map(|item| item as i32);
+        if owned.prefers_bits(out.len()) {
             owned.mark();
-            let n_items = csr.n_cols as u32;
-            draw_all(seed, rows, n_negatives, out, |word| {
-                below(word, n_items).map(|item| item as i32).filter(|&item| !owned.has(item))
-            });
+            run.replace(out, |item| owned.has_bit(item), again);
+        } else {
+            run.replace(out, |item| owned.has(item), again);
         }
         Ok(())
     })
@@ -40,17 +45,24 @@ pub fn sample_popularity(
     out: &mut [i32],
 ) -> Result<()> {
     let table = AliasTable::new(weights)?;
-    each_run(csr, users, n_negatives, out, |rows, owned, user, out| {
+    let n_columns = table.columns.len() as u32;
+    each_run(csr, users, n_negatives, n_columns, seed, out, |run, user, owned, out, coins| {
         let mass: f64 = owned.items.iter().map(|&item| weights[item as usize]).sum();
         if mass >= 0.75 * table.total {
             let free = FreeMass::new(weights, owned.items);
             if free.items.is_empty() {
                 return Err(Error::NoFreeItem { user, seen: owned.items.len(), n_items: csr.n_cols });
             }
-            draw_all(seed, rows, n_negatives, out, |word| Some(free.draw(word)));
-        } else {
+            run.draw_all(out, |word| Some(free.draw(word)));
+            return Ok(());
+        }
+        out.iter_mut().zip(coins).for_each(|(slot, &mut coin)| *slot = table.item(*slot, coin));
+        let again = |word| below(word, n_columns).map(|column| table.item(column as i32, word as u32));
+        if owned.prefers_bits(out.len()) {
             owned.mark();
-            draw_all(seed, rows, n_negatives, out, |word| table.draw(word).filter(|&item| !owned.has(item)));
+            run.replace(out, |item| owned.has_bit(item), again);
+        } else {
+            run.replace(out, |item| owned.has(item), again);
         }
         Ok(())
     })
@@ -81,76 +93,117 @@ pub fn filter_candidates(
     Ok(())
 }
 
-/// Calls `fill(rows, owned items, user, out)` for every run of equal neighbours in `users`, in
-/// parallel: what is prepared for a user serves all rows of the run.
+/// Neighbouring output rows of one user: what is prepared for the user serves all of them.
+struct Run {
+    seed: u64,
+    first_row: usize,
+    n_negatives: usize,
+}
+
+impl Run {
+    /// The first accepted word of draw `slot` of the run, from try `attempt` on.
+    fn draw(&self, slot: usize, attempt: u64, accept: impl Fn(u64) -> Option<i32>) -> i32 {
+        let stream = Stream::new(self.seed, (self.first_row + slot / self.n_negatives) as u64);
+        let mut words = (attempt..).map(|attempt| stream.word((slot % self.n_negatives) as u64, attempt));
+        words.find_map(accept).unwrap_or(-1)
+    }
+
+    fn draw_all(&self, out: &mut [i32], accept: impl Fn(u64) -> Option<i32>) {
+        out.iter_mut().enumerate().for_each(|(slot, item)| *item = self.draw(slot, 0, &accept));
+    }
+
+    /// Tries again where the first try was a surplus word (-1) or an item that is `owned`. Eight
+    /// draws share one branch, which is hardly ever taken.
+    #[inline(always)]
+    fn replace(&self, out: &mut [i32], owned: impl Fn(i32) -> bool, again: impl Fn(u64) -> Option<i32>) {
+        for (group, items) in out.chunks_mut(8).enumerate() {
+            if !items.iter().fold(false, |bad, &item| bad | (item < 0) | owned(item)) {
+                continue;
+            }
+            for (at, item) in items.iter_mut().enumerate().filter(|(_, item)| **item < 0 || owned(**item)) {
+                *item = self.draw(8 * group + at, 1, |word| again(word).filter(|&item| !owned(item)));
+            }
+        }
+    }
+}
+
+/// Fills `out` with first tries below `bound`, a task's rows at once in vectors, then calls
+/// `fix(run, user, owned items, out, coins)` for every run of equal neighbours in `users`.
+#[allow(clippy::too_many_arguments)]
 fn each_run(
     csr: CsrView,
     users: &[i32],
     n_negatives: usize,
+    bound: u32,
+    seed: u64,
     out: &mut [i32],
-    fill: impl Fn(std::ops::Range<usize>, &mut Owned, usize, &mut [i32]) -> Result<()> + Sync,
+    fix: impl Fn(&Run, usize, &mut Owned, &mut [i32], &mut [u32]) -> Result<()> + Sync,
 ) -> Result<()> {
     check_users(users, csr.n_rows())?;
     if n_negatives == 0 {
         return Ok(());
     }
+    let kernel = simd::kernel();
     let rows_per_task = DRAWS_PER_TASK.div_ceil(n_negatives);
-    out.par_chunks_mut(rows_per_task * n_negatives).zip(users.par_chunks(rows_per_task)).enumerate().try_for_each_init(
-        || vec![0u64; csr.n_cols.div_ceil(64)],
-        |bits, (task, (mut out, users))| {
-            let mut row = task * rows_per_task;
-            for run in users.chunk_by(|a, b| a == b) {
-                let user = run[0] as usize;
-                let (head, tail) = out.split_at_mut(run.len() * n_negatives);
-                let mut owned = Owned { items: csr.row(user)?, bits, marked: false };
-                let filled = fill(row..row + run.len(), &mut owned, user, head);
-                owned.unmark();
-                filled?;
-                (out, row) = (tail, row + run.len());
-            }
-            Ok(())
-        },
-    )
-}
-
-/// Fills `out` row by row: draw `j` of row `r` is the first accepted word of its stream.
-fn draw_all(
-    seed: u64,
-    rows: std::ops::Range<usize>,
-    n_negatives: usize,
-    out: &mut [i32],
-    accept: impl Fn(u64) -> Option<i32>,
-) {
-    for (row, out) in rows.zip(out.chunks_exact_mut(n_negatives)) {
-        let stream = Stream::new(seed, row as u64);
-        for (draw, slot) in out.iter_mut().enumerate() {
-            let mut words = (0..).map(|attempt| stream.word(draw as u64, attempt));
-            *slot = words.find_map(&accept).unwrap_or(-1);
+    let work = |(bits, coins): &mut (Vec<u64>, Vec<u32>), (task, (out, users)): (usize, (&mut [i32], &[i32]))| {
+        let first_row = task * rows_per_task;
+        if bound > 0 {
+            kernel.tries(seed, first_row as u64, n_negatives, bound, out, &mut coins[..out.len()]);
         }
-    }
+        let mut at = 0;
+        for same in users.chunk_by(|a, b| a == b) {
+            csr.prefetch(users, at + same.len());
+            let run = Run { seed, first_row: first_row + at, n_negatives };
+            let mut owned = Owned { items: csr.row(same[0] as usize)?, bits, is_marked: false };
+            let slots = at * n_negatives..(at + same.len()) * n_negatives;
+            let fixed = fix(&run, same[0] as usize, &mut owned, &mut out[slots.clone()], &mut coins[slots]);
+            owned.unmark();
+            fixed?;
+            at += same.len();
+        }
+        Ok(())
+    };
+    let scratch = || (vec![0u64; csr.n_cols.div_ceil(64)], vec![0u32; rows_per_task * n_negatives]);
+    let tasks = out.par_chunks_mut(rows_per_task * n_negatives).zip(users.par_chunks(rows_per_task)).enumerate();
+    tasks.try_for_each_init(scratch, work)
 }
 
 /// A user's items, as the sorted row and, once marked, as a bitset over the catalogue.
 struct Owned<'a> {
     items: &'a [i32],
     bits: &'a mut [u64],
-    marked: bool,
+    is_marked: bool,
 }
 
 impl Owned<'_> {
+    /// Marking the bits takes about as long as this many searches of a short row.
+    fn prefers_bits(&self, n_draws: usize) -> bool {
+        n_draws >= 4 && 4 * n_draws > self.items.len()
+    }
+
     fn mark(&mut self) {
-        self.marked = true;
+        self.is_marked = true;
         self.items.iter().for_each(|&item| self.bits[item as usize / 64] |= 1 << (item % 64));
     }
 
     fn unmark(&mut self) {
-        if self.marked {
+        if self.is_marked {
             self.items.iter().for_each(|&item| self.bits[item as usize / 64] = 0);
         }
     }
 
+    #[inline(always)]
+    fn has_bit(&self, item: i32) -> bool {
+        self.bits.get(item as u32 as usize / 64).unwrap_or(&0) >> (item & 63) & 1 == 1
+    }
+
+    /// Short rows are compared as a whole, which the compiler does in vectors.
+    #[inline(always)]
     fn has(&self, item: i32) -> bool {
-        self.bits[item as usize / 64] >> (item % 64) & 1 == 1
+        match self.items.len() {
+            0..=64 => self.items.iter().fold(false, |found, &owned| found | (owned == item)),
+            _ => self.items.binary_search(&item).is_ok(),
+        }
     }
 
     /// The free item that has `rank` free items before it. `items[j] - j` free items stand before
@@ -203,10 +256,11 @@ impl AliasTable {
         Ok(Self { columns, total })
     }
 
+    /// The item behind a column and a coin; -1 for column -1.
     #[inline(always)]
-    fn draw(&self, word: u64) -> Option<i32> {
-        let (keep, own, other) = self.columns[below(word, self.columns.len() as u32)? as usize];
-        Some(if (word as u32) < keep { own } else { other })
+    fn item(&self, column: i32, coin: u32) -> i32 {
+        let found = self.columns.get(column as u32 as usize);
+        found.map_or(-1, |&(keep, own, other)| if coin < keep { own } else { other })
     }
 }
 

@@ -71,6 +71,12 @@ type Ints<'py> = Input<'py, i32, Ix1>;
 type Longs<'py> = Input<'py, i64, Ix1>;
 type Table<'py> = Input<'py, f32, Ix2>;
 
+/// A whole number that fits its purpose; a negative one is a ValueError with the argument's name.
+fn natural<T: TryFrom<i128>>(name: &'static str, value: i128) -> Result<T> {
+    let expected = "a whole number from 0 up, of at most 64 bits";
+    T::try_from(value).map_err(|_| Error::Argument { name, found: value.to_string(), expected })
+}
+
 /// Vectors in either precision.
 enum Floats<'py> {
     Single(Table<'py>),
@@ -113,7 +119,7 @@ type Lists<'py> = (Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f32>>);
 fn lists<'py>(
     py: Python<'py>,
     (rows, k): (usize, usize),
-    n_threads: usize,
+    n_threads: i128,
     fill: impl FnOnce(&mut [i32], &mut [f32]) -> Result<()> + Send,
 ) -> PyResult<Lists<'py>> {
     let size = checked_size(rows, k)?;
@@ -168,15 +174,16 @@ fn sample_uniform<'py>(
     py: Python<'py>,
     indptr: Longs<'py>,
     indices: Ints<'py>,
-    n_items: usize,
+    n_items: i128,
     users: Ints<'py>,
-    n_negatives: usize,
-    seed: u64,
-    n_threads: usize,
+    n_negatives: i128,
+    seed: i128,
+    n_threads: i128,
     out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
-    let csr = CsrView::new(indptr.slice(), indices.slice(), n_items)?;
+    let csr = CsrView::new(indptr.slice(), indices.slice(), natural("n_items", n_items)?)?;
     let users = users.slice();
+    let (n_negatives, seed) = (natural("n_negatives", n_negatives)?, natural("seed", seed)?);
     draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
         candidates::sample_uniform(csr, users, n_negatives, seed, out)
     })
@@ -203,13 +210,14 @@ fn sample_popularity<'py>(
     indices: Ints<'py>,
     weights: Input<'py, f64, Ix1>,
     users: Ints<'py>,
-    n_negatives: usize,
-    seed: u64,
-    n_threads: usize,
+    n_negatives: i128,
+    seed: i128,
+    n_threads: i128,
     out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
     let (weights, users) = (weights.slice(), users.slice());
     let csr = CsrView::new(indptr.slice(), indices.slice(), weights.len())?;
+    let (n_negatives, seed) = (natural("n_negatives", n_negatives)?, natural("seed", seed)?);
     draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
         candidates::sample_popularity(csr, weights, users, n_negatives, seed, out)
     })
@@ -219,7 +227,7 @@ fn sample_popularity<'py>(
 fn draw_into<'py>(
     py: Python<'py>,
     (rows, n): (usize, usize),
-    n_threads: usize,
+    n_threads: i128,
     out: Option<Bound<'py, PyAny>>,
     fill: impl FnOnce(&mut [i32]) -> Result<()> + Send,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
@@ -302,10 +310,10 @@ fn match_items<'py>(
     users: Ints<'py>,
     indptr: Longs<'py>,
     indices: Ints<'py>,
-    k: usize,
+    k: i128,
     min_similarity: f32,
     max_similarity: f32,
-    n_threads: usize,
+    n_threads: i128,
 ) -> PyResult<Lists<'py>> {
     let (queries, items, users) = (queries.vectors(), items.vectors(), users.slice());
     expect("items (dimensions)", items.dim, queries.dim)?;
@@ -313,6 +321,7 @@ fn match_items<'py>(
     let band =
         Band { min: not_nan("min_similarity", min_similarity)?, max: not_nan("max_similarity", max_similarity)? };
     let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
+    let k = natural("k", k)?;
     lists(py, (queries.len, k), n_threads, |found, scores| {
         matching::match_items(queries, items, users, excluded, k, band, (found, scores))
     })
@@ -349,13 +358,14 @@ fn match_titles<'py>(
     users: Ints<'py>,
     indptr: Longs<'py>,
     indices: Ints<'py>,
-    k: usize,
+    k: i128,
     min_similarity: f32,
 ) -> PyResult<Lists<'py>> {
     let users = users.slice();
     expect("users", users.len(), titles.len())?;
     let floor = not_nan("min_similarity", min_similarity)?;
     let excluded = CsrView::new(indptr.slice(), indices.slice(), catalogue.len())?;
+    let k = natural("k", k)?;
     lists(py, (titles.len(), k), 0, |found, scores| {
         matching::match_titles(&titles, &catalogue, users, excluded, k, floor, (found, scores))
     })
@@ -386,12 +396,13 @@ fn topk_py<'py>(
     item_emb: Table<'py>,
     indptr: Longs<'py>,
     indices: Ints<'py>,
-    k: usize,
-    n_threads: usize,
+    k: i128,
+    n_threads: i128,
 ) -> PyResult<Lists<'py>> {
     let (users, items) = (user_emb.vectors(), item_emb.vectors());
     expect("item_emb (dimensions)", items.dim, users.dim)?;
     let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
+    let k = natural("k", k)?;
     lists(py, (users.len, k), n_threads, |found, scores| topk::topk(&users, &items, excluded, k, found, scores))
 }
 
@@ -411,13 +422,14 @@ fn topk_scores<'py>(
     scores: Table<'py>,
     indptr: Longs<'py>,
     indices: Ints<'py>,
-    k: usize,
-    n_threads: usize,
+    k: i128,
+    n_threads: i128,
 ) -> PyResult<Lists<'py>> {
     let (n_users, n_items) = (scores.shape()[0], scores.shape()[1]);
     let matrix = scores.slice();
     let excluded = CsrView::new(indptr.slice(), indices.slice(), n_items)?;
     excluded.expect_rows(n_users)?;
+    let k = natural("k", k)?;
     lists(py, (n_users, k), n_threads, |found, best| topk::topk_scores(matrix, excluded, k, found, best))
 }
 
@@ -441,14 +453,14 @@ fn test_ranks<'py>(
     indices: Ints<'py>,
     test_indptr: Longs<'py>,
     test_indices: Ints<'py>,
-    k: usize,
-    n_threads: usize,
+    k: i128,
+    n_threads: i128,
 ) -> PyResult<Bound<'py, PyArray1<i32>>> {
     let (users, items) = (user_emb.vectors(), item_emb.vectors());
     expect("item_emb (dimensions)", items.dim, users.dim)?;
     let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
     let held_out = CsrView::held_out(test_indptr.slice(), test_indices.slice(), items.len)?;
-    let mut ranks = vec![0; held_out.nnz()];
+    let (k, mut ranks) = (natural("k", k)?, vec![0; held_out.nnz()]);
     py.detach(|| threads::run(n_threads, || topk::test_ranks(&users, &items, excluded, held_out, k, &mut ranks)))?;
     Ok(ranks.into_pyarray(py))
 }

@@ -42,6 +42,31 @@ pub fn below(word: u64, bound: u32) -> Option<u32> {
     (product as u32 >= surplus).then_some((product >> 32) as u32)
 }
 
+/// First tries of whole rows at once: `numbers[r * n + j]` becomes the number below `bound` of draw
+/// `j` of row `first_row + r`, or -1 for a surplus word; `coins` gets the words' lower halves.
+///
+/// Inlined into the kernels of [`crate::simd`], where the compiler makes it eight words a step.
+#[inline(always)]
+pub fn first_tries(seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
+    let surplus = bound.wrapping_neg() % bound;
+    let number = |row: usize, draw: usize| {
+        let word = Stream::new(seed, first_row + row as u64).word(draw as u64, 0);
+        let product = (word >> 32) * bound as u64;
+        (if product as u32 >= surplus { (product >> 32) as i32 } else { -1 }, word as u32)
+    };
+    if n == 1 {
+        for (row, (slot, coin)) in numbers.iter_mut().zip(coins).enumerate() {
+            (*slot, *coin) = number(row, 0);
+        }
+        return;
+    }
+    for (row, (numbers, coins)) in numbers.chunks_exact_mut(n).zip(coins.chunks_exact_mut(n)).enumerate() {
+        for (draw, (slot, coin)) in numbers.iter_mut().zip(coins).enumerate() {
+            (*slot, *coin) = number(row, draw);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

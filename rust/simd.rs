@@ -7,6 +7,8 @@
 use std::array::from_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::random;
+
 /// One vector register of `f32`, as the tile needs it.
 ///
 /// # Safety
@@ -117,12 +119,16 @@ lanes!(Neon, float32x4_t, 4, vdupq_n_f32, vld1q_f32, vst1q_f32, |a, b, c| vfmaq_
 /// Arguments of a tile: numbers per vector, queries, panel, thresholds, scores, hits.
 type Tile = unsafe fn(usize, *const f32, *const f32, &[f32], &mut [f32], &mut [u64]) -> bool;
 
-/// One way of computing a tile of `rows` queries by `cols` items.
+/// Arguments as of [`random::first_tries`].
+type Tries = unsafe fn(u64, u64, usize, u32, &mut [i32], &mut [u32]);
+
+/// One way of computing a tile of `rows` queries by `cols` items, and of making random numbers.
 pub struct Kernel {
     pub name: &'static str,
     pub rows: usize,
     pub cols: usize,
     tile: Tile,
+    tries: Tries,
     available: fn() -> bool,
 }
 
@@ -165,24 +171,28 @@ unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
 
 /// A kernel compiled with the processor's features switched on.
 macro_rules! kernel {
-    ($name:literal, $function:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
+    ($name:literal, $tile:ident, $tries:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
         $(#[target_feature(enable = $feature)])?
-        unsafe fn $function(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
+        unsafe fn $tries(seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
+            random::first_tries(seed, row, n, bound, numbers, coins)
+        }
+        $(#[target_feature(enable = $feature)])?
+        unsafe fn $tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
             unsafe { tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
         }
-        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $function, available: || $available }
+        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, available: || $available }
     }};
 }
 
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx512", avx512, Avx512, 14 x 2, is_x86_feature_detected!("avx512f"), "avx512f"),
+    kernel!("avx512", tile_avx512, tries_avx512, Avx512, 14 x 2, is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq"), "avx512f,avx512dq"),
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx2", avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
+    kernel!("avx2", tile_avx2, tries_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
     #[cfg(target_arch = "aarch64")]
-    kernel!("neon", neon, Neon, 6 x 4, true, "neon"),
-    kernel!("plain", plain, Plain, 4 x 2, true),
+    kernel!("neon", tile_neon, tries_neon, Neon, 6 x 4, true, "neon"),
+    kernel!("plain", tile_plain, tries_plain, Plain, 4 x 2, true),
 ];
 
 /// The kernel in use, as one more than its place in `KERNELS`; 0 before the first question.
@@ -210,6 +220,16 @@ pub fn choose(name: &str) -> bool {
     found.inspect(|&at| IN_USE.store(at + 1, Ordering::Relaxed)).is_some()
 }
 
+/// Starts to bring `slice[at]` into the cache; nothing happens beyond its end.
+#[inline(always)]
+pub fn prefetch<T>(slice: &[T], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(value) = slice.get(at) {
+        // SAFETY: every x86-64 processor has the instruction, and the address is a reference.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast()) }
+    }
+}
+
 impl Kernel {
     /// `scores[r][c] = queries[.][r] . panel[.][c]`, one multiply-add per dimension in order, and
     /// bit `c` of `hits[r]` says whether it is at least `thresholds[r]`; scores of a row without
@@ -229,6 +249,12 @@ impl Kernel {
         // SAFETY: only kernels that the processor has are ever handed out, and the tile reads
         // `dim` times `rows` queries and `dim` times `cols` items, which the assertions grant.
         unsafe { (self.tile)(dim, queries.as_ptr(), panel.as_ptr(), thresholds, scores, hits) }
+    }
+
+    /// [`random::first_tries`] in this kernel's vectors.
+    pub fn tries(&self, seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
+        // SAFETY: only kernels that the processor has are ever handed out.
+        unsafe { (self.tries)(seed, row, n, bound, numbers, coins) }
     }
 
     /// One score as `tile` computes it.

@@ -200,6 +200,9 @@ impl State for Ranks<'_> {
     }
 
     fn start(&mut self, query: &[f32], kernel: &Kernel) {
+        if self.k == 0 {
+            return;
+        }
         let mut vector = vec![0.0; query.len()];
         for (slot, &item) in self.held_out.iter().enumerate() {
             if self.excluded.binary_search(&item).is_err() {
