@@ -108,7 +108,8 @@ class _Propagate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph: Tensor, x: Tensor) -> Tensor:
         ctx.graph = graph
-        return graph @ x
+        with torch.autocast(x.device.type, enabled=False):  # sparse products have no bfloat16
+            return graph @ x
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[None, Tensor]:

@@ -248,7 +248,8 @@ def load_generated(
 ) -> Generated:
     """Read generate/ and join it to the training pairs, int32 [R, 2], in row order.
 
-    Matched items that the guard blocks, or that are training positives of their user, become -1 (case B15).
+    A vector of zeros (a reply that named no item) counts as none. Matched items that the guard blocks, or that are
+    training positives of their user, become -1 (case B15).
     Raises UserError for arrays of other lengths, for a pair that is no training pair or comes twice (case E13), for a
     vector that is not finite, naming it (case D12), or has one value throughout (case E14), and for a coverage of
     zero or below `min_coverage`.
@@ -269,7 +270,17 @@ def load_generated(
     for row in np.flatnonzero((cells[place] != made_cells) | (row_of[place] != np.arange(len(made))))[:1]:
         what = "comes twice" if cells[place[row]] == made_cells[row] else "is no training pair"
         raise UserError(f"{folder / 'pairs.npy'}: row {row}, user {made[row, 0]} and item {made[row, 1]}, {what}")
-    coverage = len(made) / len(pairs)
+    n, sums, squares = 0, *np.zeros((2, vectors.shape[1]))
+    for start in range(0, len(vectors), 4096):  # in blocks: all of them may not fit into memory
+        block = vectors[start : start + 4096].astype(np.float64)
+        empty = (block == 0).all(1)
+        for row in np.flatnonzero(~np.isfinite(block).all(1) | ~empty & (block.max(1) == block.min(1)))[:1]:
+            what = "has one value throughout" if np.isfinite(block[row]).all() else "holds a number that is not finite"
+            user, item = made[start + row]
+            raise UserError(f"{folder / 'embeddings.npy'}: row {start + row}, user {user} and item {item}, {what}")
+        row_of[place[start : start + 4096][empty]] = -1
+        n, sums, squares = n + (~empty).sum(), sums + block.sum(0), squares + np.square(block).sum(0)
+    coverage = n / len(pairs)
     say(
         f"generated negatives for {coverage:.1%} of {len(pairs):,} training pairs; the others keep the sampled negative"
     )
@@ -278,23 +289,13 @@ def load_generated(
             f"{folder}: only {coverage:.1%} of the training pairs have a generated negative, min_coverage is "
             f"{min_coverage:.1%}; generate for more pairs or lower it"
         )
-    sums, squares = np.zeros((2, vectors.shape[1]))
-    for start in range(0, len(vectors), 4096):
-        block = vectors[start : start + 4096].astype(np.float64)
-        for row in np.flatnonzero(~np.isfinite(block).all(1) | (block.max(1) == block.min(1)))[:1]:
-            what = "has one value throughout" if np.isfinite(block[row]).all() else "holds a number that is not finite"
-            user, item = made[start + row]
-            raise UserError(f"{folder / 'embeddings.npy'}: row {start + row}, user {user} and item {item}, {what}")
-        sums, squares = sums + block.sum(0), squares + np.square(block).sum(0)
-    mean = sums / len(vectors)
-    deviation = np.sqrt(np.maximum(squares / len(vectors) - np.square(mean), 1e-12))
     refused = (train if blocked is None else train.union(blocked)).pairs().astype(np.int64) @ (train.n_cols, 1)
     matches = np.where(np.isin(made[:, :1].astype(np.int64) * train.n_cols + matches, refused), -1, matches)
     return Generated(
         torch.from_numpy(row_of).to(device),
         vectors,
-        mean.astype(np.float32),
-        deviation.astype(np.float32),
+        (sums / n).astype(np.float32),
+        np.sqrt(np.maximum(squares / n - np.square(sums / n), 1e-12)).astype(np.float32),
         torch.from_numpy(matches.astype(np.int64)).to(device),
         torch.from_numpy(scores).to(device),
     )

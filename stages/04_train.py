@@ -172,7 +172,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
             terms["cl"] = losses.contrast_loss(e_u[has], e_i[has], e_hard, cfg.cl_temperature)
             total = total + cfg.lambda_cl * terms["cl"]
 
-        pos_scores, neg_scores = (e_u * e_i).sum(-1), torch.einsum("bd,bnd->bn", e_u, e_minus)  # [B], [B, n]
+        pos_scores, neg_scores = (e_u * e_i).sum(-1), (e_u[:, None] * e_minus).sum(-1)  # [B], [B, n]
         if cfg.rank_loss == "bpr":
             terms["rank"] = losses.bpr_loss(pos_scores, neg_scores)
         else:

@@ -323,6 +323,15 @@ def test_generated_arrays_that_cannot_be_right_are_refused(tmp_path, changes, me
     assert message in str(error.value)
 
 
+def test_a_vector_of_zeros_counts_as_none(tmp_path):  # a reply that named no item
+    train = csr([[0, 1], [3]], 4)
+    vectors = np.array([[1, 2], [0, 0], [3, 6]], np.float16)
+    made = generated(write_generated(tmp_path / "g", train.pairs(), 4, embeddings=vectors), train)
+    assert made.row_of.tolist() == [0, -1, 2]
+    assert made.mean.tolist() == [2, 4]
+    assert made.deviation.tolist() == [1, 2]
+
+
 def test_too_small_a_coverage_is_refused_and_zero_always(tmp_path):  # cases E12, E13
     train = csr([[0, 1], [3]], 4)
     folder = write_generated(tmp_path / "g", [[0, 1]], 4)

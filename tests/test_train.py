@@ -209,6 +209,8 @@ def test_negatives_of_another_preparation_are_refused(run_dir):  # cases A22, E1
     (run_dir / "generate").rename(run_dir / "elsewhere")
     with pytest.raises(UserError, match="made from prep other, this run's prep is p"):
         train(run_dir, "hnlm", "--generate-dir", str(run_dir / "elsewhere"))
+    save_json(run_dir / "elsewhere" / "manifest.json", {**manifest, "inputs": {"prep": "p"}})
+    assert train(run_dir, "hnlm_matched", "--generate-dir", str(run_dir / "elsewhere")).is_dir()
 
 
 def test_too_few_generated_pairs_are_refused_unless_allowed(run_dir):  # case E12
