@@ -172,10 +172,12 @@ class Queries:
     eos: list[int]
     n_shortened: int  # parts that had to be cut to their token limit
 
-    def row(self, user: int, items: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    def row(self, user: int, items: Sequence[int], soft: bool = True) -> tuple[list[int], list[list[int]]]:
         """Prefix and continuations for `pack`; soft token u stands for c_u, soft token U + i for c_i."""
-        of_user, of_item = -1 - user, -1 - len(self.user_parts)
-        return self.user_parts[user], [self.item_parts[i] + self.end + [of_user, of_item - i] + self.eos for i in items]
+        first_item = len(self.user_parts)
+        numbers = [[-1 - user, -1 - first_item - i] if soft else [] for i in items]
+        parts = [self.item_parts[i] + self.end + n + self.eos for i, n in zip(items, numbers, strict=True)]
+        return self.user_parts[user], parts
 
 
 def make_queries(
@@ -310,8 +312,8 @@ class NegativeModel(nn.Module):
         """Set the head to the ridge regression of the targets' directions [B, d_out] on h [B, d_llm]."""
         x = nn.functional.pad(self.head[0](h), (0, 1), value=1.0)  # [B, d_llm + 1], the last column for the bias
         y = nn.functional.normalize(targets, dim=1)
-        gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
-        solved = torch.linalg.solve(gram, x.T @ y)  # [d_llm + 1, d_out]
+        gram: Tensor = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
+        solved: Tensor = torch.linalg.solve(gram, x.T @ y)  # [d_llm + 1, d_out]
         self.head[1].weight.copy_(solved[:-1].T)
         self.head[1].bias.copy_(solved[-1])
 

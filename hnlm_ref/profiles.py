@@ -61,7 +61,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
         headers["Authorization"] = f"Bearer {key}"
 
     def ask_one(text: str) -> str | None:
-        body = {"model": cfg.endpoint_model, "messages": [{"role": "user", "content": text}]}
+        body: dict[str, Any] = {"model": cfg.endpoint_model, "messages": [{"role": "user", "content": text}]}
         body |= {"max_tokens": cfg.max_new_tokens, "temperature": 0.0, "seed": 0}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(cfg.n_retries + 1):
@@ -89,12 +89,13 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
 
 def ask(
     questions: list[str],
+    about: list[dict],
     path: Path,
     answer: Callable[[list[tuple[int, str]]], Answers],
     key: str,
     titles: list[str] | None = None,
 ) -> list[Reply]:
-    """Ask every question once and write JSONL to `path`: number, status, text, raw, in the order of the questions.
+    """Ask every question once and write JSONL to `path`: `about`, status, text, raw, in their order.
 
     Answers already in the unfinished file (`path` + ".part") are kept, a half-written last line is dropped (case D17),
     failed questions are asked again. A failed answer is empty, never another's text (case D20).
@@ -120,6 +121,8 @@ def ask(
     if found and all(reply.status == "failed" for reply in found):
         raise UserError(f"no question of {len(found)} was answered; is the server up? Nothing is lost: start again")
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps({"number": n, **vars(r)}, ensure_ascii=False) + "\n" for n, r in enumerate(found))
+        file.writelines(
+            json.dumps(who | vars(r), ensure_ascii=False) + "\n" for who, r in zip(about, found, strict=True)
+        )
     part.unlink()
     return found

@@ -9,11 +9,10 @@ log.jsonl.
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from hnlm_ref.artifacts import Prep, Run, load_npy, save_jsonl, save_npy
+from hnlm_ref.artifacts import Run, load_npy, save_jsonl, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 
@@ -61,45 +60,14 @@ class SftConfig:
     patience: int = knob(3, "stop after so many looks without a lower held-out loss", low=1)
 
 
-def mine(cfg: SftConfig, prep: Prep, cf_user: np.ndarray, cf_item: np.ndarray, item_text: np.ndarray, rng: Any) -> list:
-    """Triplets of every chosen user: (u, i, j) with i taken in training and j a warm-up hard negative of u.
-
-    j is never a training item of u, nor one the guard refuses; a user without any such item has no triplets.
-    """
-    from hnlm_ref.samplers import semantic_guard
-
-    blocked = prep.train
-    if cfg.guard_threshold is not None:
-        blocked = blocked.union(semantic_guard(item_text, prep.train, cfg.guard_threshold))
-    users = rng.permutation(np.flatnonzero(prep.train.degrees())).tolist()  # the first are held out
-    if cfg.n_users:
-        users = users[: cfg.held_out_users + cfg.n_users]
-    triplets = []
-    for place, u in enumerate(users):
-        free = np.setdiff1d(np.arange(prep.n_items), blocked.row(u))
-        items = rng.permutation(prep.train.row(u))[: cfg.pairs_per_user if len(free) else 0]
-        scores = cf_item[free] @ cf_user[u]
-        if cfg.mining == "window":
-            ranked = free[np.argsort(-scores, kind="stable")]
-            low = min(cfg.rank_from, max(len(ranked) - 1, 0))  # a short list gives what it has
-            chosen = ranked[rng.integers(low, max(min(cfg.rank_to, len(ranked)), low + 1), len(items))]
-        else:
-            pool = rng.integers(len(free), size=(len(items), cfg.pool_size)) if len(items) else np.empty((0, 1), int)
-            chosen = free[np.take_along_axis(pool, scores[pool].argmax(1)[:, None], 1)[:, 0]]
-        part = "held_out" if place < cfg.held_out_users else "tune"
-        triplets += [
-            {"part": part, "user": u, "item": int(i), "positive": int(j), "negative": int(i)}
-            for i, j in zip(items, chosen, strict=True)
-        ]
-    return triplets
-
-
 def main(cfg: SftConfig, run: Run) -> dict:
     import torch
 
     from hnlm_ref import llm, losses
+    from hnlm_ref.negatives import mine_triplets
     from hnlm_ref.prompts import item_words
     from hnlm_ref.recommender import warm_up
+    from hnlm_ref.samplers import semantic_guard
 
     if cfg.rank_to <= cfg.rank_from:
         raise UserError(f"rank_from {cfg.rank_from} and rank_to {cfg.rank_to} leave no rank to mine from")
@@ -133,16 +101,29 @@ def main(cfg: SftConfig, run: Run) -> dict:
     save_npy(out / "targets.npy", targets.astype(np.float32))
     targets = torch.from_numpy(targets).float().to(device)
 
-    # Triplets (u, i, j), all of a user together; some users are held out.
-    triplets = mine(cfg, prep, cf_user, cf_item, item_text, np.random.default_rng(run.seed))
-    save_jsonl(out / "triplets.jsonl", triplets)
-    by_user: dict[str, dict[int, list[dict]]] = {"tune": {}, "held_out": {}}
-    for triplet in triplets:
-        by_user[triplet["part"]].setdefault(triplet["user"], []).append(triplet)
-    if not (by_user["tune"] and by_user["held_out"]):
-        raise UserError(f"{len(triplets)} triplets, not enough to tune and to hold some out; lower held_out_users")
+    # Triplets (u, i, j), all of a user together; the first users' are held out.
+    rng = np.random.default_rng(run.seed)
+    blocked = prep.train
+    if cfg.guard_threshold is not None:
+        blocked = blocked.union(semantic_guard(item_text, prep.train, cfg.guard_threshold))
+    some = rng.permutation(prep.n_users)[: cfg.held_out_users + (cfg.n_users or prep.n_users)].tolist()
+    window = (cfg.rank_from, cfg.rank_to) if cfg.mining == "window" else None
+    mined = mine_triplets(prep, (cf_user, cf_item), blocked, some, cfg.pairs_per_user, window, cfg.pool_size, rng)
+    held_out = list(mined)[: cfg.held_out_users]
+    users = [u for u in mined if u not in held_out]
+    if not users:
+        raise UserError(f"{len(mined)} users have triplets and {len(held_out)} are held out; lower held_out_users")
+    save_jsonl(
+        out / "triplets.jsonl",
+        (
+            {"user": u, "item": i, "positive": j, "negative": i, "held_out": u in held_out}
+            for u, pairs in mined.items()
+            for i, j in pairs.tolist()
+        ),
+    )
     queries = llm.make_queries(tokenizer, prep.users, prep.items, cfg.max_user_tokens, cfg.max_item_tokens)
-    say(f"[sft] {len(triplets):,} triplets; {queries.n_shortened:,} prompt parts cut to their token limit")
+    n_triplets = sum(map(len, mined.values()))
+    say(f"[sft] {n_triplets:,} triplets; {queries.n_shortened:,} prompt parts cut to their token limit")
 
     # The model: frozen weights, LoRA, soft tokens, head.
     torch.manual_seed(run.seed)
@@ -155,12 +136,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
     groups = [{"params": [p for n, p in trainable.items() if ("lora_" in n) is lora]} for lora in (True, False)]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
 
-    def read(part: str, users: list[int]) -> tuple:
-        """Vectors of these users' triplets and their numbers u, i, j: [B, d_out], three of [B]."""
-        found = [t for u in users for t in by_user[part][u]]
-        rows = [queries.row(u, [t["item"] for t in by_user[part][u]]) for u in users]
-        u, i, j = (torch.tensor([t[k] for t in found], device=device) for k in ("user", "item", "positive"))
-        return model(llm.pack(rows, device)), u, i, j
+    def read(some: list[int]) -> tuple[torch.Tensor, ...]:
+        """h [B, d_llm] and its head [B, d_out] for these users' triplets, and their numbers u, i, j, each [B]."""
+        u = torch.tensor(np.repeat(some, [len(mined[user]) for user in some]), device=device)
+        i, j = torch.from_numpy(np.concatenate([mined[user] for user in some])).to(device).T
+        return *model(llm.pack([queries.row(user, mined[user][:, 0]) for user in some], device)), u, i, j
 
     def all_losses(o: torch.Tensor, u: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> dict[str, torch.Tensor]:
         loss = losses.sft_loss(o, targets[j], targets[i], u, i, cfg.temperature)
@@ -177,8 +157,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
         """Losses and accuracy on the held-out triplets, and where j ranks in the catalogue by cos(h, .)."""
         model.eval()
         n, totals = 0, Counter()
-        for users in chunks(list(by_user["held_out"])):
-            (_, o), u, i, j = read("held_out", users)
+        for some in chunks(held_out):
+            _, o, u, i, j = read(some)
             cosine = torch.nn.functional.normalize(o, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T  # [B, I]
             to_p, to_n = cosine.gather(1, j[:, None]), cosine.gather(1, i[:, None])
             figures = all_losses(o, u, i, j)
@@ -189,7 +169,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
         return {name: round(total / n, 6) for name, total in totals.items()}
 
     # Every epoch its own order; micro-batch m of step s is the same whenever and wherever it is computed.
-    users = list(by_user["tune"])
     n_per_epoch = -(-len(users) // (cfg.batch_size * cfg.grad_accum))
     n_steps, checkpoint = cfg.n_epochs * n_per_epoch, out / "checkpoint.safetensors"
     state: dict = {"step": 0, "log": [], "best": None, "bad_looks": 0, "sum": 0.0, "n": 0}
@@ -201,8 +180,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
         # Choice: the head starts where ridge regression puts it, so tuning begins with a head that can read h.
         with torch.inference_mode():
             model.eval()
-            parts = [read("tune", some) for some in chunks(users[: cfg.probe_users])]
-        model.solve_head(torch.cat([p[0][0] for p in parts]), targets[torch.cat([p[3] for p in parts])])
+            h, _, _, _, j = (torch.cat(x) for x in zip(*map(read, chunks(users[: cfg.probe_users])), strict=True))
+        model.solve_head(h, targets[j])
     if not state["log"]:
         state["log"].append({"step": 0, **look()})
     model.train()
@@ -213,8 +192,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
         order = np.random.default_rng([run.seed, epoch]).permutation(users).tolist()
         for number, some in enumerate(chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]):
             torch.manual_seed(hash((run.seed, state["step"], number)) % 2**31)  # dropout
-            (_, o), *uij = read("tune", some)
-            figures = all_losses(o, *uij)
+            figures = all_losses(*read(some)[1:])
             (figures["objective"] / cfg.grad_accum).backward()
             state["sum"], state["n"] = state["sum"] + figures["loss"].item(), state["n"] + 1
         rate = min((state["step"] + 1) / (cfg.warmup_steps + 1), 1 - state["step"] / n_steps)
@@ -245,7 +223,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     model.save(out)
     save_jsonl(out / "log.jsonl", state["log"])
     checkpoint.unlink()
-    return {"counts": {"triplets": len(triplets), "steps": state["step"], **state["log"][-1]}}
+    return {"counts": {"triplets": n_triplets, "steps": state["step"], **state["log"][-1]}}
 
 
 command = stage_command(

@@ -1,0 +1,101 @@
+"""Hard negatives before and after the language model: triplets to tune on, pairs to ask about, and what came out."""
+
+import numpy as np
+
+from hnlm_ref.artifacts import Csr, Prep
+
+
+def mine_triplets(
+    prep: Prep,
+    cf: tuple[np.ndarray, np.ndarray],
+    blocked: Csr,
+    users: list[int],
+    pairs_per_user: int,
+    window: tuple[int, int] | None,
+    pool_size: int,
+    rng: np.random.Generator,
+) -> dict[int, np.ndarray]:
+    """For each user u up to n triplets (i, j): i taken in training, j a hard negative of u by the warm-up scores.
+
+    cf       warm-up vectors of users [U, d_cf] and items [I, d_cf]
+    blocked  items that j may not be: the training items, and what a guard refuses
+    window   j is any of the free items of these warm-up ranks, [from, to), 0 the best; a short list gives what it has;
+             None: j is the best-scored of `pool_size` free items drawn with replacement
+    Returns  user -> int64 [n, 2]; a user without a free item has none
+    """
+    found = {}
+    for u in users:
+        free = np.setdiff1d(np.arange(prep.n_items), blocked.row(u))
+        items = rng.permutation(prep.train.row(u))[:pairs_per_user]
+        if not (len(free) and len(items)):
+            continue
+        scores = cf[1][free] @ cf[0][u]
+        if window:
+            ranked = free[np.argsort(-scores, kind="stable")]
+            low = min(window[0], len(ranked) - 1)
+            chosen = ranked[rng.integers(low, max(min(window[1], len(ranked)), low + 1), len(items))]
+        else:
+            pool = rng.integers(len(free), size=(len(items), pool_size))
+            chosen = free[pool[np.arange(len(items)), scores[pool].argmax(axis=1)]]
+        found[u] = np.stack([items, chosen], axis=1).astype(np.int64)
+    return found
+
+
+def choose_pairs(train: Csr, pairs_per_user: int, seed: int) -> np.ndarray:
+    """Training pairs by user and item number, at most n of each user, int32 [N, 2]."""
+    pairs = train.pairs()
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    order = order[np.argsort(pairs[order, 0], kind="stable")]  # users in order, their pairs shuffled
+    place = np.arange(len(pairs)) - np.repeat(train.indptr[:-1], train.degrees())  # of a pair among its user's
+    return pairs[np.sort(order[place < (pairs_per_user or len(pairs))])]
+
+
+def quality(
+    matches: np.ndarray,
+    users: np.ndarray,
+    prep: Prep,
+    cf: tuple[np.ndarray, np.ndarray],
+    text: tuple[np.ndarray, np.ndarray],
+) -> dict[str, float]:
+    """How hard, how false and how varied some negatives are.
+
+    matches  int32 [N, m], items, -1 for none, of users int32 [N]
+    cf       warm-up vectors of users and items, text: text vectors of users and items
+    Returns  means over all matches:
+
+    warm_up_percentile  share of the items not taken that the warm-up scores lower: 1 is hardest, 0.5 random
+    false_rate          share of negatives that are held-out positives of the user (FHNS), on valid: test stays closed
+    false_rate_chance   the same for a random item not taken
+    false_rate_as_hard  the same for a random item of the same warm-up rank (mean over users, window of 21 ranks)
+    profile_similarity  cosine of item text and user text
+    popularity          share of the items with fewer training users; 0.5 random
+    coverage            share of the catalogue that is used; most_used: share of the most frequent item
+    """
+    n_items = prep.n_items
+    taken, held_out = (np.zeros((prep.n_users, n_items), bool) for _ in range(2))
+    for mark, part in ((taken, prep.train), (held_out, prep.valid)):
+        mark[tuple(part.pairs().T)] = True
+    scores = np.where(taken, -np.inf, cf[0] @ cf[1].T)  # [U, I]
+    rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)  # 0 is hardest
+    free = n_items - prep.train.degrees()  # [U]
+    by_rank = np.zeros(n_items)
+    np.add.at(by_rank, rank[held_out], 1 / prep.n_users)
+    as_hard = np.convolve(by_rank, np.ones(21), "same") / np.convolve(np.ones(n_items), np.ones(21), "same")
+    user_text, item_text = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in text)
+    popularity = np.bincount(prep.train.indices, minlength=n_items)
+
+    row, place = np.nonzero(matches >= 0)
+    u, j = users[row], matches[row, place]
+    used = np.bincount(j, minlength=n_items)
+    figures = {
+        "warm_up_percentile": 1 - rank[u, j] / free[u],
+        "false_rate": held_out[u, j],
+        "false_rate_chance": prep.valid.degrees()[u] / free[u],
+        "false_rate_as_hard": as_hard[rank[u, j]],
+        "profile_similarity": (user_text[u] * item_text[j]).sum(1),
+        "popularity": np.searchsorted(np.sort(popularity), popularity)[j] / n_items,
+        "coverage": (used > 0).mean(),
+        "most_used": used.max() / max(len(j), 1),
+        "matched": (matches >= 0).any(1).mean(),
+    }
+    return {name: round(float(np.mean(values)), 5) for name, values in figures.items()}
