@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hnlm_ref.artifacts import atomic, resolve_path
+from hnlm_ref.artifacts import atomic, load_json, resolve_path, save_json
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
@@ -320,6 +320,9 @@ class NegativeModel(nn.Module):
     def save(self, folder: Path) -> None:
         """adapter/ as PEFT writes it, and projections.safetensors: soft tokens and head."""
         self.llm.save_pretrained(folder / "adapter", save_embedding_layers=False)  # "auto" would ask the hub (D14)
+        config = load_json(folder / "adapter" / "adapter_config.json")
+        config["target_modules"].sort()  # a set in PEFT: its order changes from process to process
+        save_json(folder / "adapter" / "adapter_config.json", config)
         own = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if "llm." not in name}
         save_file(own, folder / "projections.safetensors")
 
