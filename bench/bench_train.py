@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from hnlm_ref import losses, metrics, recommender
+from hnlm_ref import losses, metrics, recommender, training
 from hnlm_ref.artifacts import Run
 from hnlm_ref.cli import load_stage
 from hnlm_ref.samplers import Sampler, trainable_pairs
@@ -53,7 +53,7 @@ def data(request, tmp_path_factory):
 def train_ours(run, backbone, sampler, pool_size, batch_size, n_epochs, seed=0):
     """Seconds of each epoch (sampling included), seconds spent in drawing and picking, and test scores."""
     prep = run.prep()
-    torch.manual_seed(recommender.epoch_seed(seed, 0))
+    torch.manual_seed(training.epoch_seed(seed, 0))
     encoder = recommender.ENCODERS[backbone](prep.train, 64, 2)
     sampler, sampling = Sampler(sampler, prep.train, pool_size=pool_size), []
 
@@ -70,7 +70,7 @@ def train_ours(run, backbone, sampler, pool_size, batch_size, n_epochs, seed=0):
         l2 = losses.l2_loss(*encoder.ego_of(batch.users, batch.items, j))
         return losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1)) + 1e-4 * l2, {}
 
-    done = recommender.fit(
+    done = training.fit(
         nn.ModuleDict({"encoder": encoder}), batch_loss, lambda *a: timed(sampler.draw, *a),
         trainable_pairs(prep.train), prep.train, prep.valid, seed=seed, lr=5e-3, batch_size=batch_size,
         n_epochs=n_epochs, eval_every=1 if n_epochs > 10 else n_epochs,

@@ -103,7 +103,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     from torch import nn
     from torch.nn import functional
 
-    from hnlm_ref import baselines, losses, recommender, samplers
+    from hnlm_ref import baselines, losses, recommender, samplers, training
 
     if run.n_threads:
         torch.set_num_threads(run.n_threads)
@@ -116,7 +116,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         say(f"{len(full)} users have no item left as a negative and are skipped in training, the first is {who}")
 
     # What is trained: an encoder, enhanced by texts or not, and the adapter of generated vectors if they are mixed in.
-    torch.manual_seed(recommender.epoch_seed(run.seed, 0))
+    torch.manual_seed(training.epoch_seed(run.seed, 0))
     encoder = recommender.ENCODERS[cfg.backbone](train, cfg.dim, cfg.n_layers)
     if cfg.warm_start:
         warm = np.concatenate([load_npy(run.folder("sft") / name) for name in ("cf_user.npy", "cf_item.npy")])
@@ -184,7 +184,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         return total, terms
 
     checkpoint = run.out / "checkpoint.safetensors"
-    done = recommender.fit(
+    done = training.fit(
         model,
         batch_loss,
         sampler.draw,
@@ -206,7 +206,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     user_emb, item_emb = recommender.embeddings(encoder)
     save_npy(run.out / "user.npy", user_emb)
     save_npy(run.out / "item.npy", item_emb)
-    save_npy(run.out / "negatives.npy", recommender.negatives_of(encoder, sampler, pairs, run.seed, cfg.batch_size))
+    save_npy(run.out / "negatives.npy", training.negatives_of(encoder, sampler, pairs, run.seed, cfg.batch_size))
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, run.out / "model.safetensors")
     save_jsonl(run.out / "log.jsonl", done.log)
     checkpoint.unlink(missing_ok=True)

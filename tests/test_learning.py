@@ -10,6 +10,7 @@ from hnlm_ref import baselines, losses, metrics, recommender
 from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
 from hnlm_ref.samplers import Sampler, trainable_pairs
+from hnlm_ref.training import fit
 
 
 def make_log(n_users=30, n_items=25, n_per_user=7, seed=0):
@@ -40,9 +41,7 @@ class Training:
 
     def fit(self, **knobs):
         pairs, self.batches = trainable_pairs(self.train), []
-        return recommender.fit(
-            self.model, self.batch_loss, self.sampler.draw, pairs, self.train, self.valid, **self.knobs | knobs
-        )
+        return fit(self.model, self.batch_loss, self.sampler.draw, pairs, self.train, self.valid, **self.knobs | knobs)
 
 
 def test_the_loop_equals_a_plain_one_in_dense_torch():

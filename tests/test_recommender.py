@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hnlm_ref import recommender
+from hnlm_ref import recommender, training
 from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
 from hnlm_ref.recommender import Encoder, LightGCN, SemanticAdapter
@@ -82,8 +82,7 @@ def test_warm_up_learns_two_tastes_and_repeats():
     items = rng.integers(0, 20, 320) * 2 + users % 2
     train, valid = (Csr.from_pairs(users[part], items[part], 40, 40) for part in (slice(0, None, 2), slice(1, None, 2)))
     one, again = (
-        recommender.warm_up(train, valid, seed=1, device="cpu", dim=8, lr=0.02, n_epochs=30, patience=30)
-        for _ in range(2)
+        training.warm_up(train, valid, seed=1, device="cpu", dim=8, lr=0.02, n_epochs=30, patience=30) for _ in range(2)
     )
     assert (one[0] == again[0]).all() and (one[1] == again[1]).all()
     scores = one[0] @ one[1].T
