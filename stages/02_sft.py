@@ -66,8 +66,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     from hnlm_ref import llm, losses
     from hnlm_ref.negatives import mine_triplets
     from hnlm_ref.prompts import item_words
-    from hnlm_ref.recommender import warm_up
     from hnlm_ref.samplers import semantic_guard
+    from hnlm_ref.training import warm_up
 
     if cfg.rank_to <= cfg.rank_from:
         raise UserError(f"rank_from {cfg.rank_from} and rank_to {cfg.rank_to} leave no rank to mine from")
