@@ -67,8 +67,8 @@ def train_ours(run, backbone, sampler, pool_size, batch_size, n_epochs, seed=0):
         user_emb, item_emb = encoder.split(layers)
         e_u, e_i = (nn.functional.embedding(n, t) for n, t in ((batch.users, user_emb), (batch.items, item_emb)))
         j, e_j = timed(sampler.pick, batch, layers, user_emb, item_emb)
-        l2 = losses.l2_loss(*encoder.ego_of(batch.users, batch.items, j))
-        return losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1)) + 1e-4 * l2, {}
+        rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
+        return rank + 1e-4 * encoder.l2(batch, j), {}
 
     done = training.fit(
         nn.ModuleDict({"encoder": encoder}), batch_loss, lambda *a: timed(sampler.draw, *a),

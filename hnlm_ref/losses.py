@@ -41,14 +41,13 @@ def anchor_loss(hard_emb: Tensor, target_emb: Tensor) -> Tensor:
     return 0.5 * (hard_emb - target_emb.detach()).square().sum() / max(len(hard_emb), 1)
 
 
-def l2_loss(*ego: Tensor) -> Tensor:
+def l2_loss(table: Tensor, *rows: Tensor) -> Tensor:
     """Half the sum of squares of the batch's ego vectors over the batch size (LightGCN's rule; case E04).
 
-    ego  [B, d] or [B, n, d], not propagated
+    table [U + I, d], not propagated; rows int64 [B] or [B, n], a vector that is there twice counts twice
     """
-    # Summed within rows, then over terms: what is left is too short for torch to split it over threads.
-    rows = torch.stack([e.square().flatten(1).sum(1) for e in ego])  # [terms, B]
-    return rows.sum(0).sum() / (2 * len(ego[0]))
+    squares = table.square().sum(1)  # gathering these numbers is cheaper than gathering the vectors
+    return torch.stack([squares[r].reshape(len(r), -1).sum(1) for r in rows]).sum(0).sum() / (2 * len(rows[0]))
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from hnlm_ref import losses
 from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
 from hnlm_ref.samplers import Batch
@@ -43,9 +43,9 @@ class Encoder(nn.Module):
             return torch.zeros((), device=self.table.device)
         return self.enhancer.extra_loss(batch, *self.split(layers))
 
-    def ego_of(self, users: Tensor, *items: Tensor) -> list[Tensor]:
-        """The trained, unpropagated vectors of a batch's users and items, for the L2 term (case E04)."""
-        return [functional.embedding(n, self.table) for n in (users, *(i + self.n_users for i in items))]
+    def l2(self, batch: Batch, negatives: Tensor) -> Tensor:
+        """The L2 term of a batch, on what is trained and not on what is propagated (case E04)."""
+        return losses.l2_loss(self.table, batch.users, self.n_users + batch.items, self.n_users + negatives)
 
     def split(self, layers: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The vectors that are scored, e_u [U, d] and e_i [I, d]: the mean of the layers."""
@@ -97,8 +97,7 @@ class _Propagate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph: Tensor, x: Tensor) -> Tensor:
         ctx.graph = graph
-        with torch.autocast(x.device.type, enabled=False):  # sparse products have no bfloat16
-            return graph @ x
+        return graph @ x
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[None, Tensor]:

@@ -52,7 +52,6 @@ def fit(
     patience: int = 10,
     eval_every: int = 1,
     n_threads: int = 0,
-    amp: bool = False,
     checkpoint: Path | None = None,
     checkpoint_every: int = 10,
 ) -> Fit:
@@ -85,8 +84,7 @@ def fit(
         losses_seen, sums = 0, dict[str, Tensor | float]()
         for rows, candidates in zip(order.to(device).split(batch_size), drawn.split(batch_size), strict=True):
             batch = Batch(epoch, rows, all_users[rows], all_items[rows], candidates.long())
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss, terms = batch_loss(batch, encoder.layers())
+            loss, terms = batch_loss(batch, encoder.layers())
             losses_seen += 1
             if not torch.isfinite(loss):
                 where = f"epoch {epoch}, batch {losses_seen}"
@@ -186,8 +184,8 @@ def warm_up(
         user_emb, item_emb = encoder.split(layers)
         e_u, e_i = functional.embedding(batch.users, user_emb), functional.embedding(batch.items, item_emb)  # [B, d]
         j, e_j = sampler.pick(batch, layers, user_emb, item_emb)  # [B, 1], [B, 1, d]
-        l2 = losses.l2_loss(*encoder.ego_of(batch.users, batch.items, j))
-        return losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1)) + lambda_reg * l2, {}
+        rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
+        return rank + lambda_reg * encoder.l2(batch, j), {}
 
     fit(
         nn.ModuleDict({"encoder": encoder}),

@@ -75,7 +75,7 @@ class TrainConfig:
     patience: int = knob(10, "stop after so many validations without a better NDCG@20", low=1)
     eval_every: int = knob(1, "epochs between validations", low=1)
     checkpoint_every: int = knob(5, "epochs between checkpoints", low=1)
-    amp: bool = knob(True, "bfloat16 where torch deems it safe; on a GPU only")
+    amp: bool = knob(True, "compute the adapter in bfloat16; on a GPU only")
 
 
 def reads(cfg: TrainConfig, run: Run) -> list[str]:
@@ -158,7 +158,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
 
         if mixes:
             has, h = generated.vectors_of(batch.rows)  # the P rows with a generated negative, and h(u, i) [P, d_llm]
-            e_hard = model["adapter"](h)  # [P, d]
+            with torch.autocast(run.device, torch.bfloat16, enabled=cfg.amp and run.device == "cuda"):
+                e_hard = model["adapter"](h).float()  # [P, d]
             if cfg.adapter_grad == "anchored":
                 nearest = generated.matches_of(batch.rows[has])[0][:, 0]  # [P], -1: no match
                 target = item_emb[nearest[nearest >= 0]]
@@ -177,7 +178,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
             terms["rank"] = losses.bpr_loss(pos_scores, neg_scores)
         else:
             terms["rank"] = losses.hinge_loss(pos_scores, neg_scores, cfg.hinge_margin)
-        terms["l2"] = losses.l2_loss(*encoder.ego_of(batch.users, batch.items, j))
+        terms["l2"] = encoder.l2(batch, j)
         terms["extra"] = encoder.extra_loss(batch, layers)
         total = total + terms["rank"] + cfg.lambda_reg * terms["l2"] + cfg.lambda_extra * terms["extra"]
         terms["neg_percentile"] = samplers.percentile(e_u, e_minus, item_emb)
@@ -198,7 +199,6 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         patience=cfg.patience,
         eval_every=cfg.eval_every,
         n_threads=run.n_threads,
-        amp=cfg.amp and run.device == "cuda",
         checkpoint=checkpoint,
         checkpoint_every=cfg.checkpoint_every,
     )

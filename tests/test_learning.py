@@ -167,11 +167,6 @@ def test_any_number_of_threads_gives_the_same_weights():  # case E07
     assert torch.equal(*tables)
 
 
-def test_mixed_precision_stays_near_single_precision():
-    single, mixed = (Training().fit(n_epochs=2, amp=amp).log for amp in (False, True))
-    assert [line["loss"] for line in mixed] == pytest.approx([line["loss"] for line in single], rel=0.02)
-
-
 def test_without_validation_pairs_the_last_epoch_is_kept():
     training = Training()
     training.valid = Csr.from_pairs([], [], 30, 25)

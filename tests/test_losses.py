@@ -48,9 +48,11 @@ def test_contrast_does_not_overflow_at_small_temperatures(pos, neg, temperature,
 
 
 def test_l2_is_half_the_sum_of_squares_over_the_batch_size():  # case E04
-    user, pos, neg = tensor([[1, 2], [3, 4]]), tensor([[1, 0], [0, 1]]), tensor([[2, 0], [0, 2]])
-    assert 1e-4 * losses.l2_loss(user, pos, neg).item() == pytest.approx(0.001)
-    assert losses.l2_loss(user, pos, neg[:, None]).item() == pytest.approx(10.0)  # [B, n, d] with n = 1
+    table = tensor([[1, 2], [3, 4], [1, 0], [0, 1], [2, 0], [0, 2]])
+    user, pos, neg = torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])
+    assert 1e-4 * losses.l2_loss(table, user, pos, neg).item() == pytest.approx(0.001)
+    several = torch.tensor([[4, 5], [5, 0]])  # squares 4 + 4 and 4 + 5, in place of 4 and 4
+    assert losses.l2_loss(table, user, pos, several).item() == pytest.approx(10.0 + 9 / 4)
 
 
 def test_the_mixture_is_linear_in_alpha():  # case E06
