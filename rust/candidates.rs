@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::csr::{CsrView, check_users};
 use crate::error::{Error, Result};
 use crate::random::{Stream, below};
-use crate::simd;
+use crate::{simd, threads};
 
 /// Draws per parallel task; small enough to balance and to stay in the cache, large enough to
 /// forget the task's cost.
@@ -165,7 +165,7 @@ fn each_run(
     };
     let scratch = || (vec![0u64; csr.n_cols.div_ceil(64)], vec![0u32; rows_per_task * n_negatives]);
     let tasks = out.par_chunks_mut(rows_per_task * n_negatives).zip(users.par_chunks(rows_per_task)).enumerate();
-    tasks.try_for_each_init(scratch, work)
+    threads::first_error(tasks.map_init(scratch, work))
 }
 
 /// A user's items, as the sorted row and, once marked, as a bitset over the catalogue.

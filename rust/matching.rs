@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use rayon::prelude::*;
 
 use crate::csr::{CsrView, check_users};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::scan::{Hits, State, Vectors, scan};
 use crate::simd::Kernel;
+use crate::threads;
 use crate::topk::{Best, natural_order};
 
 /// Which cosines count: from `min` to `max`, both included.
@@ -90,7 +91,7 @@ pub fn match_titles(
         grams.iter().for_each(|&gram| postings.entry(gram).or_default().push(item as i32));
     }
     let slots = items.par_chunks_mut(k.max(1)).zip(scores.par_chunks_mut(k.max(1)));
-    slots.enumerate().try_for_each_init(
+    threads::first_error(slots.enumerate().map_init(
         || vec![0u32; catalogue.len()],
         |common, (query, (items, scores))| {
             let own = trigrams(&titles[query]);
@@ -108,9 +109,9 @@ pub fn match_titles(
                 best.take(likeness, |_, likeness| (likeness >= min_similarity).then_some(likeness));
             }
             best.finish();
-            Ok::<(), Error>(())
+            Ok(())
         },
-    )
+    ))
 }
 
 /// The set of three-letter pieces of a title: lower case, runs of anything but letters and digits
@@ -131,6 +132,7 @@ fn trigrams(title: &str) -> Vec<[char; 3]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
     use crate::scan::Values;
 
     const OPEN: Band = Band { min: -1.0, max: 1.0 };

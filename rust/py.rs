@@ -302,6 +302,9 @@ fn filter_candidates<'py>(
 ///     infinity (naming the row); IndexError for a user or item out of range
 #[pyfunction]
 #[pyo3(signature = (queries, items, users, indptr, indices, k, min_similarity=-1.0, max_similarity=1.0, n_threads=0))]
+#[pyo3(
+    text_signature = "(queries, items, users, indptr, indices, k, min_similarity=-1.0, max_similarity=1.0, n_threads=0)"
+)]
 #[allow(clippy::too_many_arguments)]
 fn match_items<'py>(
     py: Python<'py>,

@@ -66,14 +66,16 @@ impl<'a> Vectors<'a> {
     pub fn lengths(&self, name: &'static str) -> Result<Vec<f64>> {
         let length = |buffer: &mut Vec<f32>, row| {
             self.copy(row, buffer);
-            let square: f64 = buffer.iter().map(|&value| value as f64 * value as f64).sum();
-            if square.is_finite() {
-                return Ok(square.sqrt());
-            }
-            let count = buffer.iter().filter(|value| !value.is_finite()).count();
-            Err(Error::NonFinite { name, unit: "row", row, count })
+            buffer.iter().map(|&value| value as f64 * value as f64).sum::<f64>().sqrt()
         };
-        (0..self.len).into_par_iter().map_init(|| vec![0.0; self.dim], length).collect()
+        let lengths: Vec<f64> = (0..self.len).into_par_iter().map_init(|| vec![0.0; self.dim], length).collect();
+        let Some(row) = lengths.iter().position(|length| !length.is_finite()) else {
+            return Ok(lengths);
+        };
+        let mut bad = vec![0.0; self.dim];
+        self.copy(row, &mut bad);
+        let count = bad.iter().filter(|value| !value.is_finite()).count();
+        Err(Error::NonFinite { name, unit: "row", row, count })
     }
 }
 
@@ -223,7 +225,7 @@ impl TileBuffer {
         self.thresholds.fill(f32::INFINITY);
         for (r, (query, state)) in queries.iter().enumerate() {
             self.thresholds[r] = state.threshold();
-            let column = self.queries[r..].iter_mut().step_by(kernel.rows);
+            let column = self.queries.iter_mut().skip(r).step_by(kernel.rows);
             query.iter().zip(column).for_each(|(&value, slot)| *slot = value);
         }
         for p in span {

@@ -23,6 +23,11 @@ trait Lanes {
     unsafe fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// Bit `n` says whether lane `n` of `a` is at least that of `b`.
     unsafe fn at_least(a: Self::Vector, b: Self::Vector) -> u64;
+    /// `multiply_add` of single numbers.
+    #[inline(always)]
+    fn step(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
 }
 
 struct Plain;
@@ -49,6 +54,10 @@ impl Lanes for Plain {
     #[inline(always)]
     unsafe fn at_least(a: [f32; 4], b: [f32; 4]) -> u64 {
         (0..4).map(|n| u64::from(a[n] >= b[n]) << n).sum()
+    }
+    #[inline(always)]
+    fn step(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
     }
 }
 
@@ -129,6 +138,7 @@ pub struct Kernel {
     pub cols: usize,
     tile: Tile,
     tries: Tries,
+    dot: unsafe fn(&[f32], &[f32]) -> f32,
     available: fn() -> bool,
 }
 
@@ -171,28 +181,32 @@ unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
 
 /// A kernel compiled with the processor's features switched on.
 macro_rules! kernel {
-    ($name:literal, $tile:ident, $tries:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
+    ($name:literal, $tile:ident, $tries:ident, $dot:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
         $(#[target_feature(enable = $feature)])?
         unsafe fn $tries(seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
             random::first_tries(seed, row, n, bound, numbers, coins)
         }
         $(#[target_feature(enable = $feature)])?
+        unsafe fn $dot(query: &[f32], item: &[f32]) -> f32 {
+            query.iter().zip(item).fold(0.0, |sum, (q, i)| $lanes::step(*q, *i, sum))
+        }
+        $(#[target_feature(enable = $feature)])?
         unsafe fn $tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
             unsafe { tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
         }
-        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, available: || $available }
+        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, dot: $dot, available: || $available }
     }};
 }
 
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx512", tile_avx512, tries_avx512, Avx512, 14 x 2, is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq"), "avx512f,avx512dq"),
+    kernel!("avx512", tile_avx512, tries_avx512, dot_avx512, Avx512, 14 x 2, is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq"), "avx512f,avx512dq"),
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx2", tile_avx2, tries_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
+    kernel!("avx2", tile_avx2, tries_avx2, dot_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
     #[cfg(target_arch = "aarch64")]
-    kernel!("neon", tile_neon, tries_neon, Neon, 6 x 4, true, "neon"),
-    kernel!("plain", tile_plain, tries_plain, Plain, 4 x 2, true),
+    kernel!("neon", tile_neon, tries_neon, dot_neon, Neon, 6 x 4, true, "neon"),
+    kernel!("plain", tile_plain, tries_plain, dot_plain, Plain, 4 x 2, true),
 ];
 
 /// The kernel in use, as one more than its place in `KERNELS`; 0 before the first question.
@@ -259,6 +273,7 @@ impl Kernel {
 
     /// One score as `tile` computes it.
     pub fn dot(&self, query: &[f32], item: &[f32]) -> f32 {
-        query.iter().zip(item).fold(0.0, |sum, (q, i)| q.mul_add(*i, sum))
+        // SAFETY: as for `tries`.
+        unsafe { (self.dot)(query, item) }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
@@ -33,4 +34,9 @@ fn pool(n_threads: i128) -> Result<Arc<ThreadPool>> {
     let pool = Arc::new(ThreadPoolBuilder::new().num_threads(n_threads).build().map_err(|_| refused)?);
     pools.insert(key, pool.clone());
     Ok(pool)
+}
+
+/// The first error in the order of the rows, whichever thread found one first.
+pub fn first_error(results: impl IndexedParallelIterator<Item = Result<()>>) -> Result<()> {
+    results.find_map_first(Result::err).map_or(Ok(()), Err)
 }

@@ -6,6 +6,7 @@ use crate::csr::CsrView;
 use crate::error::{Error, Result};
 use crate::scan::{Hits, State, Vectors, scan};
 use crate::simd::Kernel;
+use crate::threads;
 
 /// The best K of the scores offered, without a user's excluded items. Items come in ascending order.
 ///
@@ -127,22 +128,27 @@ pub fn topk(
 /// The same from given scores `[U, I]` of any model; `-inf` means never.
 pub fn topk_scores(matrix: &[f32], excluded: CsrView, k: usize, items: &mut [i32], scores: &mut [f32]) -> Result<()> {
     let n_items = excluded.n_cols;
-    let slots = items.par_chunks_mut(k.max(1)).zip(scores.par_chunks_mut(k.max(1)));
-    slots.enumerate().try_for_each(|(user, (items, scores))| {
+    let row = |user: usize| {
         let row = &matrix[user * n_items..(user + 1) * n_items];
-        let count = row.iter().filter(|score| score.is_nan()).count();
-        if count > 0 {
-            return Err(Error::NonFinite { name: "scores", unit: "user", row: user, count });
+        match row.iter().filter(|score| score.is_nan()).count() {
+            0 => Ok(row),
+            count => Err(Error::NonFinite { name: "scores", unit: "user", row: user, count }),
         }
+    };
+    if k == 0 {
+        return (0..excluded.n_rows()).try_for_each(|user| row(user).map(|_| ()));
+    }
+    let slots = items.par_chunks_mut(k).zip(scores.par_chunks_mut(k));
+    threads::first_error(slots.enumerate().map(|(user, (items, scores))| {
         let mut best = Best::new(excluded.row(user)?, f32::MIN, items, scores);
-        for (at, scores) in row.chunks(64).enumerate() {
+        for (at, scores) in row(user)?.chunks(64).enumerate() {
             let threshold = best.threshold;
             let hits = scores.iter().zip(64 * at as i32..).filter(|(score, _)| **score >= threshold);
             best.take(hits.map(|(&score, item)| (item, score)), |_, score| Some(score));
         }
         best.finish();
         Ok(())
-    })
+    }))
 }
 
 /// Items as they are numbered.

@@ -1,0 +1,99 @@
+"""Every documented error of the core once: its type, and the argument and value in its text or its note."""
+
+import re
+
+import numpy as np
+import pytest
+
+from hnlm_ref import _core
+
+I32, I64, F32 = np.int32, np.int64, np.float32
+INDPTR, INDICES = np.array([0, 2, 3], I64), np.array([0, 3, 1], I32)
+USERS, EMB, ITEMS = np.array([0, 1], I32), np.ones((2, 4), F32), np.ones((5, 4), F32)
+
+
+def draw(indptr=INDPTR, indices=INDICES, n_items=5, users=USERS, n=3, seed=1, **more):
+    return _core.sample_uniform(indptr, indices, n_items, users, n, seed, **more)
+
+
+def rank(user_emb=EMB, item_emb=ITEMS, indptr=INDPTR, indices=INDICES, k=2, **more):
+    return _core.topk(user_emb, item_emb, indptr, indices, k, **more)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: draw(users=USERS.astype(I64)), TypeError, "int32.*found.*int64.*\n.*'users'"),
+        (lambda: draw(users=USERS.astype(np.uint32)), TypeError, "int32.*found.*uint32.*\n.*'users'"),
+        (lambda: draw(indptr=INDPTR.astype(I32)), TypeError, "int64.*found.*int32.*\n.*'indptr'"),
+        (lambda: draw(users=[0, 1]), TypeError, "found.*list.*\n.*'users'"),
+        (lambda: draw(users=USERS[:, None]), TypeError, "1-dimensional.*found.*2-dimensional.*\n.*'users'"),
+        (lambda: draw(users=np.zeros(6, I32)[::2]), TypeError, "not C-contiguous.*\n.*'users'"),
+        (lambda: rank(user_emb=np.asfortranarray(EMB)), TypeError, "not C-contiguous.*\n.*'user_emb'"),
+        (lambda: rank(user_emb=np.ones((4, 2), F32).T), TypeError, "not C-contiguous.*\n.*'user_emb'"),
+        (lambda: rank(user_emb=np.ones((2, 8), F32)[:, ::2]), TypeError, "not C-contiguous.*\n.*'user_emb'"),
+        (lambda: rank(user_emb=EMB.astype(float)), TypeError, "float32.*found.*float64.*\n.*'user_emb'"),
+        (lambda: draw(out=np.zeros((2, 3), I64)), TypeError, "'out': expected a writable.*int64"),
+        (lambda: draw(out=np.zeros((3, 3), I32)), ValueError, r"out has shape \[3, 3\], expected \[2, 3\]"),
+        (lambda: draw(seed=-1), ValueError, "seed is -1"),
+        (lambda: draw(n=-2), ValueError, "n_negatives is -2"),
+        (lambda: draw(n_items=2**40), ValueError, "n_items is 1099511627776"),
+        (lambda: draw(n_threads=-1), ValueError, "n_threads is -1"),
+        (lambda: rank(k=-5), ValueError, "k is -5"),
+        (lambda: rank(k=2**62), ValueError, "k is 4611686018427387904"),
+        (lambda: draw(users=np.array([0, 2], I32)), IndexError, r"users\[1\] is 2.*less than 2"),
+        (lambda: draw(users=np.array([-1], I32)), IndexError, r"users\[0\] is -1"),
+        (lambda: draw(n_items=3), IndexError, r"indices\[1\] is 3.*less than 3"),
+        (lambda: draw(indices=np.array([3, 0, 1], I32)), ValueError, "indices: row 0 is not ascending.*item 0"),
+        (lambda: draw(indices=np.array([3, 3, 1], I32)), ValueError, "indices: row 0 is not ascending.*item 3"),
+        (lambda: draw(indptr=np.array([0, 2, 4], I64)), ValueError, "indptr does not rise"),
+        (lambda: draw(indptr=np.array([0, 5, 3], I64)), ValueError, "indptr does not rise.*row 0"),
+        (lambda: draw(indptr=np.zeros(0, I64)), ValueError, "indptr has 0 entries"),
+        (lambda: rank(indptr=np.array([0, 3], I64)), ValueError, "indptr has 2 entries, expected 3"),
+        (lambda: rank(item_emb=np.ones((5, 3), F32)), ValueError, r"item_emb \(dimensions\) has 3 entries, expected 4"),
+        (lambda: _core.match_items(EMB, ITEMS, USERS[:1], INDPTR, INDICES, 2), ValueError, "users has 1 entries"),
+        (lambda: _core.match_items(EMB, ITEMS, USERS, INDPTR, INDICES, 2, np.nan), ValueError, "min_similarity is NaN"),
+        (lambda: _core.match_items(EMB.astype(float), ITEMS, USERS, INDPTR, INDICES, 2), TypeError, "float16"),
+        (lambda: _core.match_titles(["a"], ["b"], USERS, INDPTR, INDICES, 2, 0.5), ValueError, "users has 2 entries"),
+        (
+            lambda: _core.test_ranks(EMB, ITEMS, INDPTR, INDICES, INDPTR, INDICES + I32(3), 2),
+            IndexError,
+            "test_indices",
+        ),
+        (lambda: _core.user_metrics(INDICES, INDPTR, np.array([0])), ValueError, "ks is 0"),
+        (lambda: _core.user_metrics(-INDICES, INDPTR, np.array([1])), IndexError, r"ranks\[1\] is -3"),
+        (
+            lambda: _core.sample_popularity(INDPTR, INDICES, np.array([1.0, -1]), USERS, 1, 1),
+            ValueError,
+            "weights is -1",
+        ),
+        (lambda: _core.filter_candidates(INDPTR, INDICES, USERS, np.full((2, 2), -2, I32)), IndexError, "candidates"),
+        (lambda: _core.use_kernel("abacus"), ValueError, "name is abacus"),
+    ],
+)
+def test_wrong_input_is_refused_by_name_and_value(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    text = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert re.search(words, text), text
+
+
+def test_empty_input_gives_empty_output():
+    """Case R03."""
+    nothing = np.zeros(1, I64), np.zeros(0, I32)
+    assert _core.sample_uniform(*nothing, 0, np.zeros(0, I32), 3, 1).shape == (0, 3)
+    assert draw(n=0).shape == (2, 0) and draw(n=0).dtype == I32  # case B17
+    assert _core.topk(EMB[:0], ITEMS, *nothing, 3)[0].shape == (0, 3)
+    assert _core.topk(EMB, ITEMS[:0], np.zeros(3, I64), nothing[1], 3)[0].tolist() == [[-1] * 3] * 2
+    assert _core.match_items(EMB[:0], ITEMS, nothing[1], *nothing, 3)[0].shape == (0, 3)
+    assert _core.match_titles([], [], nothing[1], *nothing, 3, 0.5)[0].shape == (0, 3)
+    assert _core.user_metrics(nothing[1], nothing[0], np.array([5])).shape == (6, 1, 0)
+
+
+def test_views_with_odd_strides_equal_their_contiguous_copies():
+    """Case R02: a column or an empty slice that NumPy calls contiguous is taken, anything else refused above."""
+    wide = np.arange(40, dtype=F32).reshape(10, 4)
+    assert np.array_equal(rank(user_emb=wide[2:4])[0], rank(user_emb=wide[2:4].copy())[0])
+    read_only = EMB.copy()
+    read_only.flags.writeable = False
+    assert np.array_equal(rank(user_emb=read_only)[0], rank()[0])
