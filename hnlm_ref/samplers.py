@@ -109,18 +109,27 @@ class Sampler:
     generated: "Generated | None" = None
     n_threads: int = 0
 
+    @property
+    def kind(self) -> str:
+        """The sampler that candidates are drawn for."""
+        return self.base_sampler if self.sampler in ("hnlm", "hnlm_matched") else self.sampler
+
+    @property
+    def n_candidates(self) -> int:
+        """M: candidates per negative."""
+        return 1 if self.kind in ("uniform", "popularity") else self.pool_size
+
     def draw(self, users: np.ndarray, seed: int) -> np.ndarray:
         """Candidates of a whole epoch, int32 [R, n, M], with replacement; row r's stream depends on (seed, r) only.
 
         Under the guard more are drawn and the first M that it lets pass are kept: a row with too few repeats them, a
         row with none keeps what was drawn first.
         """
-        kind = self.base_sampler if self.sampler in ("hnlm", "hnlm_matched") else self.sampler
-        size = 1 if kind in ("uniform", "popularity") else self.pool_size
+        size = self.n_candidates
         n_drawn = size if self.blocked is None else size + GUARD_SPARE
         rows = np.repeat(users, self.n_negatives)
         graph = self.train.indptr, self.train.indices
-        if kind == "popularity":
+        if self.kind == "popularity":
             weights = np.float_power(np.bincount(self.train.indices, minlength=self.train.n_cols), self.popularity_beta)
             drawn = _core.sample_popularity(*graph, weights, rows, n_drawn, seed, self.n_threads)
         else:

@@ -110,8 +110,9 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     prep = run.prep()
     train = prep.train
     pairs = samplers.trainable_pairs(train)  # [R, 2]
+    free = prep.n_items - train.degrees()
     if len(pairs) < train.nnz:
-        full = np.flatnonzero(train.degrees() == prep.n_items)
+        full = np.flatnonzero(free == 0)
         who = f"user {prep.users[full[0]]['key']!r} ({prep.n_items} of {prep.n_items} items seen)"
         say(f"{len(full)} users have no item left as a negative and are skipped in training, the first is {who}")
 
@@ -143,6 +144,9 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         n_threads=run.n_threads,
         **{name: getattr(cfg, name) for name in shared},
     )
+    if len(short := free[(free > 0) & (free < sampler.n_candidates)]):
+        most = sampler.n_candidates - short.min()
+        say(f"{len(short)} users are short of {sampler.n_candidates} candidates, by {most} at most: theirs repeat")
     mixes = cfg.sampler == "hnlm" and cfg.mix_alpha > 0
     if mixes:
         scale = generated.mean, generated.deviation  # of h, float32 [d_llm]
@@ -185,22 +189,11 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         return total, terms
 
     checkpoint = run.out / "checkpoint.safetensors"
+    schedule = ("lr", "batch_size", "n_epochs", "patience", "eval_every", "checkpoint_every")
     done = training.fit(
-        model,
-        batch_loss,
-        sampler.draw,
-        pairs,
-        train,
-        prep.valid,
-        seed=run.seed,
-        lr=cfg.lr,
-        batch_size=cfg.batch_size,
-        n_epochs=cfg.n_epochs,
-        patience=cfg.patience,
-        eval_every=cfg.eval_every,
-        n_threads=run.n_threads,
-        checkpoint=checkpoint,
-        checkpoint_every=cfg.checkpoint_every,
+        *(model, batch_loss, sampler.draw, pairs, train, prep.valid),
+        **{name: getattr(cfg, name) for name in schedule},
+        **{"seed": run.seed, "n_threads": run.n_threads, "checkpoint": checkpoint},
     )
 
     user_emb, item_emb = recommender.embeddings(encoder)

@@ -201,6 +201,13 @@ def test_a_user_who_took_everything_is_named_and_skipped(tmp_path, capsys):  # c
     )
 
 
+def test_users_short_of_candidates_are_counted(tmp_path, capsys):  # case B11: 3 free items, a pool of 50
+    rows, items = np.array([0] * 57 + [1]), np.array([*range(57), 0])
+    write_prep(tmp_path, Csr.from_pairs(rows, items, 2, 60), Csr.from_pairs([1], [1], 2, 60))
+    train(tmp_path, "dns", "--pool-size", "50")
+    assert "1 users are short of 50 candidates, by 47 at most" in capsys.readouterr().err
+
+
 def test_negatives_of_another_preparation_are_refused(run_dir):  # cases A22, E13
     manifest = {"fingerprint": "g", "inputs": {"prep": "other"}, "counts": {}}
     save_json(run_dir / "generate" / "manifest.json", manifest)
