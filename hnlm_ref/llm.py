@@ -308,14 +308,14 @@ class NegativeModel(nn.Module):
         return h, self.head(h)
 
     @torch.no_grad()
-    def solve_head(self, h: Tensor, targets: Tensor, ridge: float = 0.3) -> None:
-        """Set the head to the ridge regression of the targets' directions [B, d_out] on h [B, d_llm]."""
+    def solve_head(self, h: Tensor, wanted: Tensor, ridge: float = 0.3) -> None:
+        """Set the head to the ridge regression of `wanted` [B, d_out] on h [B, d_llm]."""
         x = nn.functional.pad(self.head[0](h), (0, 1), value=1.0)  # [B, d_llm + 1], the last column for the bias
-        y = nn.functional.normalize(targets, dim=1)
-        gram: Tensor = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
-        solved: Tensor = torch.linalg.solve(gram, x.T @ y)  # [d_llm + 1, d_out]
-        self.head[1].weight.copy_(solved[:-1].T)
-        self.head[1].bias.copy_(solved[-1])
+        gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
+        solved = torch.linalg.solve(gram, x.T @ wanted)  # [d_llm + 1, d_out]
+        linear = self.head[1]
+        linear.weight.copy_(solved[:-1].T)
+        linear.bias.copy_(solved[-1])
 
     def save(self, folder: Path) -> None:
         """adapter/ as PEFT writes it, and projections.safetensors: soft tokens and head."""
@@ -378,8 +378,8 @@ def generate_texts(llm: Any, tokenizer: Any, prompts: Sequence[list[int]], max_n
     return tokenizer.batch_decode(said[:, longest:], skip_special_tokens=True)
 
 
-def whiten(vectors: np.ndarray, n_directions: int = 128) -> np.ndarray:
-    """Coordinates along the strongest directions of centred vectors, each scaled to variance 1; float32 [n, <= 128]."""
+def whiten(vectors: np.ndarray, n_directions: int = 512) -> np.ndarray:
+    """Coordinates along the strongest directions of centred vectors, each scaled to variance 1; float32 [n, <= 512]."""
     left, strength, _ = np.linalg.svd(vectors, full_matrices=False)
     kept = strength[:n_directions] > 1e-6 * strength[0]
     return left[:, :n_directions][:, kept] * len(vectors) ** 0.5

@@ -11,17 +11,18 @@ def mine_triplets(
     blocked: Csr,
     users: list[int],
     pairs_per_user: int,
+    n_positives: int,
     window: tuple[int, int] | None,
     pool_size: int,
     rng: np.random.Generator,
 ) -> dict[int, np.ndarray]:
-    """For each user u up to n triplets (i, j): i taken in training, j a hard negative of u by the warm-up scores.
+    """For each user u up to n items i taken in training, and m hard negatives j of u for each, by the warm-up scores.
 
     cf       warm-up vectors of users [U, d_cf] and items [I, d_cf]
     blocked  items that j may not be: the training items, and what a guard refuses
     window   j is any of the free items of these warm-up ranks, [from, to), 0 the best; a short list gives what it has;
              None: j is the best-scored of `pool_size` free items drawn with replacement
-    Returns  user -> int64 [n, 2]; a user without a free item has none
+    Returns  user -> int64 [n, 1 + m], i and its j's; a user without a free item has none
     """
     found = {}
     for u in users:
@@ -33,11 +34,13 @@ def mine_triplets(
         if window:
             ranked = free[np.argsort(-scores, kind="stable")]
             low = min(window[0], len(ranked) - 1)
-            chosen = ranked[rng.integers(low, max(min(window[1], len(ranked)), low + 1), len(items))]
+            shape = len(items), n_positives
+            chosen = ranked[rng.integers(low, max(min(window[1], len(ranked)), low + 1), shape)]
         else:
-            pool = rng.integers(len(free), size=(len(items), pool_size))
-            chosen = free[pool[np.arange(len(items)), scores[pool].argmax(axis=1)]]
-        found[u] = np.stack([items, chosen], axis=1).astype(np.int64)
+            pool = rng.integers(len(free), size=(len(items), n_positives, pool_size))
+            hardest = scores[pool].argmax(axis=2, keepdims=True)
+            chosen = free[np.take_along_axis(pool, hardest, 2)[:, :, 0]]
+        found[u] = np.concatenate([items[:, None], chosen], axis=1).astype(np.int64)
     return found
 
 

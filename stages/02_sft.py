@@ -37,10 +37,11 @@ class SftConfig:
     # triplets
     n_users: int = knob(0, "users to tune on; 0: all", low=0)
     pairs_per_user: int = knob(8, "triplets of a user, at most", low=1)
+    n_positives: int = knob(8, "hard negatives mined for a pair; more cost no call of the LLM", low=1)
     held_out_users: int = knob(32, "further users whose triplets are held out", low=1)
     mining: str = knob("window", "how the hard negative of a triplet is drawn", ("window", "pool"))
     rank_from: int = knob(0, "window: first warm-up rank among the items not taken", low=0)
-    rank_to: int = knob(50, "window: rank after the last", low=1)
+    rank_to: int = knob(30, "window: rank after the last", low=1)
     pool_size: int = knob(16, "pool: the best-scored of M random items not taken", low=1)
     guard_threshold: float | None = knob(None, "do not mine items this many deviations too similar to the user's own")
     target: str = knob("cf", "p and n of the triplet: warm-up vectors or text vectors of the items", ("cf", "text"))
@@ -49,9 +50,9 @@ class SftConfig:
     lr_new: float = knob(3e-3, "learning rate of soft tokens and head, which start from nothing", low=0)
     temperature: float = knob(0.05, "temperature of the in-batch loss (tau)", low=1e-6)
     own_weight: float = knob(1.0, "extra weight of a triplet's own negative among the in-batch ones", low=0)
-    catalogue_weight: float = knob(1.0, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
+    catalogue_weight: float = knob(0.5, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
     catalogue_temperature: float = knob(0.1, "temperature of that softmax", low=1e-6)
-    probe_users: int = knob(32, "users from whose triplets the head is solved before tuning; 0: random head", low=0)
+    probe_users: int = knob(64, "users from whose triplets the head is solved before tuning; 0: random head", low=0)
     n_epochs: int = knob(1, "passes over the triplets", low=1)
     batch_size: int = knob(4, "users per forward pass", low=1)
     grad_accum: int = knob(1, "forward passes per optimiser step", low=1)
@@ -108,7 +109,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
         blocked = blocked.union(semantic_guard(item_text, prep.train, cfg.guard_threshold))
     some = rng.permutation(prep.n_users)[: cfg.held_out_users + (cfg.n_users or prep.n_users)].tolist()
     window = (cfg.rank_from, cfg.rank_to) if cfg.mining == "window" else None
-    mined = mine_triplets(prep, (cf_user, cf_item), blocked, some, cfg.pairs_per_user, window, cfg.pool_size, rng)
+    mined = mine_triplets(
+        prep, (cf_user, cf_item), blocked, some, cfg.pairs_per_user, cfg.n_positives, window, cfg.pool_size, rng
+    )
     held_out = list(mined)[: cfg.held_out_users]
     users = [u for u in mined if u not in held_out]
     if not users:
@@ -118,11 +121,12 @@ def main(cfg: SftConfig, run: Run) -> dict:
         (
             {"user": u, "item": i, "positive": j, "negative": i, "held_out": u in held_out}
             for u, pairs in mined.items()
-            for i, j in pairs.tolist()
+            for i, *mined_items in pairs.tolist()
+            for j in mined_items
         ),
     )
     queries = llm.make_queries(tokenizer, prep.users, prep.items, cfg.max_user_tokens, cfg.max_item_tokens)
-    n_triplets = sum(map(len, mined.values()))
+    n_triplets = sum(len(pairs) for pairs in mined.values()) * cfg.n_positives
     say(f"[sft] {n_triplets:,} triplets; {queries.n_shortened:,} prompt parts cut to their token limit")
 
     # The model: frozen weights, LoRA, soft tokens, head.
@@ -137,15 +141,18 @@ def main(cfg: SftConfig, run: Run) -> dict:
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
 
     def read(some: list[int]) -> tuple[torch.Tensor, ...]:
-        """h [B, d_llm] and its head [B, d_out] for these users' triplets, and their numbers u, i, j, each [B]."""
+        """h [B, d_llm] and its head [B, d_out] for these users' pairs, their numbers u, i [B], and j [B, m]."""
         u = torch.tensor(np.repeat(some, [len(mined[user]) for user in some]), device=device)
-        i, j = torch.from_numpy(np.concatenate([mined[user] for user in some])).to(device).T
-        return *model(llm.pack([queries.row(user, mined[user][:, 0]) for user in some], device)), u, i, j
+        ij = torch.from_numpy(np.concatenate([mined[user] for user in some])).to(device)
+        rows = [queries.row(user, mined[user][:, 0]) for user in some]
+        return *model(llm.pack(rows, device)), u, ij[:, 0], ij[:, 1:]
 
     def all_losses(o: torch.Tensor, u: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> dict[str, torch.Tensor]:
-        loss = losses.sft_loss(o, targets[j], targets[i], u, i, cfg.temperature)
-        own = losses.triplet_loss(o, targets[j], targets[i], cfg.temperature)
-        catalogue = losses.catalogue_loss(o, targets, j, cfg.catalogue_temperature)
+        # Every j of a pair makes a triplet; the pair's vector is the same for all of them.
+        o, u, i = (x.repeat_interleave(j.shape[1], dim=0) for x in (o, u, i))
+        p, n = targets[j.flatten()], targets[i]  # [B m, d_out]
+        loss, own = losses.sft_loss(o, p, n, u, i, cfg.temperature), losses.triplet_loss(o, p, n, cfg.temperature)
+        catalogue = losses.catalogue_loss(o, targets, j.flatten(), cfg.catalogue_temperature)
         objective = loss + cfg.own_weight * own + cfg.catalogue_weight * catalogue
         return {"objective": objective, "loss": loss, "own_loss": own, "catalogue_loss": catalogue}
 
@@ -160,9 +167,12 @@ def main(cfg: SftConfig, run: Run) -> dict:
         for some in chunks(held_out):
             _, o, u, i, j = read(some)
             cosine = torch.nn.functional.normalize(o, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T  # [B, I]
-            to_p, to_n = cosine.gather(1, j[:, None]), cosine.gather(1, i[:, None])
+            to_p, to_n = cosine.gather(1, j), cosine.gather(1, i[:, None])
             figures = all_losses(o, u, i, j)
-            figures |= {"accuracy": (to_p > to_n).float().mean(), "rank_of_positive": (cosine > to_p).float().mean()}
+            figures |= {
+                "accuracy": (to_p > to_n).float().mean(),
+                "rank_of_positive": (cosine[:, None] > to_p[:, :, None]).float().mean(),
+            }
             totals.update({f"held_out_{name}": len(u) * float(figure) for name, figure in figures.items()})
             n += len(u)
         model.train()
@@ -177,13 +187,16 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state, best = llm.load_checkpoint(checkpoint, trainable, optimiser)
         say(f"[sft] going on after step {state['step']} of {n_steps}")
     elif cfg.probe_users:
-        # Choice: the head starts where ridge regression puts it, so tuning begins with a head that can read h.
+        # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
+        # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
         with torch.inference_mode():
             model.eval()
-            h, _, _, _, j = (torch.cat(x) for x in zip(*map(read, chunks(users[: cfg.probe_users])), strict=True))
-        model.solve_head(h, targets[j])
+            h, _, _, i, j = (torch.cat(x) for x in zip(*map(read, chunks(users[: cfg.probe_users])), strict=True))
+        unit = torch.nn.functional.normalize(targets, dim=1)
+        model.solve_head(h, torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i])
     if not state["log"]:
         state["log"].append({"step": 0, **look()})
+        say(f"[sft] {state['log'][-1]}")
     model.train()
     bar = progress(total=n_steps, desc="tuning", unit="step")
     bar.update(state["step"])

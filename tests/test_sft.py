@@ -1,0 +1,201 @@
+"""Stage 2: triplets are what they say, losses are their equations, a killed tuning ends like an undisturbed one."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from hnlm_ref import losses
+from hnlm_ref.artifacts import Csr, Prep, load_json, load_jsonl, load_npy
+from hnlm_ref.negatives import choose_pairs, mine_triplets, quality
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def test_the_sft_loss_is_the_mean_over_allowed_columns():
+    angle = {"out": [0.0, 0.5, 1.0, 2.0], "positive": [0.1, 2.0, 0.7, 1.0], "negative": [1.5, 0.2, 3.0, 0.4]}
+    vectors = {name: torch.tensor([[math.cos(a), math.sin(a)] for a in some]) for name, some in angle.items()}
+    users, items = [0, 0, 1, 2], [5, 6, 5, 7]
+    allowed = [  # all but same user (0, 1) and same item (0, 2); the own column stays
+        (0, 0), (0, 3), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3),
+    ]  # fmt: skip
+    gaps = [
+        math.cos(angle["out"][b] - angle["negative"][c]) - math.cos(angle["out"][b] - angle["positive"][b])
+        for b, c in allowed
+    ]
+    expected = sum(softplus(gap / 0.5) for gap in gaps) / len(gaps)
+    lengths = {name: x * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None] for name, x in vectors.items()}
+    loss = losses.sft_loss(*lengths.values(), torch.tensor(users), torch.tensor(items), 0.5)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    own = [softplus(gap / 0.5) for (b, c), gap in zip(allowed, gaps, strict=True) if b == c]
+    assert losses.triplet_loss(*vectors.values(), 0.5).item() == pytest.approx(sum(own) / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_opposite_cosines_give_forty_and_stay_finite(dtype):
+    h = torch.tensor([[1.0, 0.0]], dtype=dtype)
+    one = torch.tensor([0])
+    loss = losses.sft_loss(h, -h, h, one, one, 0.05)  # case D13
+    assert loss.item() == pytest.approx(40.0, rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert losses.triplet_loss(h, -h, h, 0.05).isfinite()
+
+
+def test_the_catalogue_loss_is_the_softmax_over_all_items():
+    out, targets = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
+    total = math.exp(1 / 0.5) + math.exp(0) + math.exp(-1 / 0.5)
+    expected = -math.log(math.exp(0) / total)
+    assert losses.catalogue_loss(out, targets, torch.tensor([1]), 0.5).item() == pytest.approx(expected, abs=1e-6)
+
+
+def prep_of(train: Csr, valid: Csr | None = None) -> Prep:
+    users, items = ([{} for _ in range(n)] for n in (train.n_rows, train.n_cols))
+    return Prep(users, items, train, valid or Csr.from_pairs([], [], train.n_rows, train.n_cols), np.arange(train.nnz))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 8),
+    st.integers(0, 2**31),
+    st.sampled_from([(0, 2), (1, 3), (5, 50), None]),
+)
+def test_mined_items_are_free_and_of_the_asked_ranks(n_items, seed, window):
+    rng = np.random.default_rng(seed)
+    taken = rng.random((3, n_items)) < 0.5
+    train = Csr.from_pairs(*np.nonzero(taken), 3, n_items)
+    cf = rng.normal(size=(3, 4)), rng.normal(size=(n_items, 4))
+    mined = mine_triplets(prep_of(train), cf, train, [2, 0, 1], 3, 2, window, 2, rng)
+    assert list(mined) == [u for u in (2, 0, 1) if 0 < taken[u].sum() < n_items]
+    for u, pairs in mined.items():
+        assert pairs.shape == (min(3, taken[u].sum()), 3)
+        assert taken[u][pairs[:, 0]].all() and not taken[u][pairs[:, 1:]].any()
+        if window:
+            ranked = sorted(np.flatnonzero(~taken[u]), key=lambda j: -cf[1][j] @ cf[0][u])
+            assert set(pairs[:, 1:].flatten()) <= set(ranked[window[0] : window[1]] or ranked[-1:])
+
+
+def test_a_pool_as_large_as_the_catalogue_mines_the_best_free_item():
+    train = Csr.from_pairs([0, 0], [0, 1], 1, 5)
+    cf = np.ones((1, 1)), np.array([[9.0], [8.0], [1.0], [3.0], [2.0]])
+    mined = mine_triplets(prep_of(train), cf, train, [0], 8, 1, None, 200, np.random.default_rng(0))
+    assert mined[0][:, 1].tolist() == [3, 3]
+    blocked = Csr.from_pairs([0, 0, 0], [0, 1, 3], 1, 5)  # a guard refuses item 3
+    mined = mine_triplets(prep_of(train), cf, blocked, [0], 8, 1, None, 200, np.random.default_rng(0))
+    assert mined[0][:, 1].tolist() == [4, 4]
+
+
+def test_pairs_are_all_or_n_of_each_user_in_order():
+    train = Csr.from_pairs([0, 0, 0, 2, 2], [4, 1, 3, 0, 2], 3, 5)
+    assert choose_pairs(train, 0, seed=1).tolist() == [[0, 1], [0, 3], [0, 4], [2, 0], [2, 2]]
+    for seed in range(5):
+        chosen = choose_pairs(train, 2, seed)
+        assert chosen[:, 0].tolist() == [0, 0, 2, 2] and chosen[2:].tolist() == [[2, 0], [2, 2]]
+        assert chosen.tolist() == sorted(chosen.tolist()) and set(chosen[:2, 1]) < {1, 3, 4}
+    assert len({tuple(choose_pairs(train, 2, seed)[:2, 1]) for seed in range(20)}) == 3  # any two of three
+
+
+def test_quality_figures_are_those_counted_by_hand():
+    train, valid = Csr.from_pairs([0, 1], [0, 1], 2, 4), Csr.from_pairs([0], [3], 2, 4)
+    cf = np.ones((2, 1)), np.array([[4.0], [3.0], [2.0], [1.0]])
+    text = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]])
+    matches, users = np.array([[3, 1], [2, -1]]), np.array([0, 1])
+    # user 0: free items 1, 2, 3 ranked so; user 1: 0, 2, 3. Matches (0, 3), (0, 1), (1, 2) have ranks 2, 0, 1 of 3.
+    found = quality(matches, users, prep_of(train, valid), cf, text)
+    assert found["warm_up_percentile"] == pytest.approx((1 / 3 + 1 + 2 / 3) / 3, abs=1e-5)
+    assert found["false_rate"] == pytest.approx(1 / 3, abs=1e-5)
+    assert found["false_rate_chance"] == pytest.approx((1 / 3 + 1 / 3 + 0) / 3, abs=1e-5)
+    assert found["profile_similarity"] == pytest.approx((-1 + 0 + 0.5**0.5) / 3, abs=1e-5)
+    assert found["coverage"] == 0.75 and found["matched"] == 1.0
+    assert found["most_used"] == pytest.approx(1 / 3, abs=1e-5)
+
+
+# ---- the stage ----------------------------------------------------------------------------------------------------
+
+STAGE = [sys.executable, str(ROOT / "stages" / "02_sft.py"), "--preset", "toy", "--n-threads", "1"]
+
+
+def start(run, *words, stage=STAGE):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [*stage, "--run-dir", str(run), *map(str, words)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    _, err = process.communicate()
+    return process.returncode, err
+
+
+def with_prep(toy_run, folder):
+    shutil.copytree(toy_run / "prep", folder / "prep")
+    return folder
+
+
+def hashes(folder):
+    return load_json(folder / "manifest.json")["files"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy_run, tmp_path_factory):
+    """Two epochs without a break, looking at every second step."""
+    run = with_prep(toy_run, tmp_path_factory.mktemp("sft"))
+    code, err = finish(start(run, "--n-epochs", 2, "--eval-every", 2, "--patience", 99))
+    assert code == 0, err
+    return run
+
+
+def test_a_killed_tuning_goes_on_to_the_same_bytes(undisturbed, toy_run, tmp_path):
+    run = with_prep(toy_run, tmp_path)
+    words = ("--n-epochs", 2, "--eval-every", 2, "--patience", 99)
+    process = start(run, *words)
+    while not (run / ".sft.partial" / "checkpoint.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "sft").exists()
+    code, err = finish(start(run, *words))
+    assert code == 0 and "going on after step" in err
+    assert hashes(run / "sft") == hashes(undisturbed / "sft")  # case D11
+
+
+def test_the_logged_tuning_lowers_the_loss_and_moves_every_added_weight(undisturbed):
+    log = load_jsonl(undisturbed / "sft" / "log.jsonl")
+    assert log[-1]["loss"] < log[1]["loss"]
+    assert [line["step"] for line in log] == [0, *range(2, log[-1]["step"] + 1, 2)]
+    tensors = load_file(undisturbed / "sft" / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 16  # A and B of four projections in two layers
+    assert all(tensor.norm() > 0 for tensor in tensors.values())
+
+
+def test_triplets_hold_out_whole_users_and_no_prompt_names_an_unseen_item(undisturbed):
+    run = undisturbed
+    triplets = load_jsonl(run / "sft" / "triplets.jsonl")
+    part = {who: {t["user"] for t in triplets if t["held_out"] is who} for who in (True, False)}
+    assert len(part[True]) == 12 and not part[True] & part[False]
+    train = Csr(load_npy(run / "prep" / "train.indptr.npy"), load_npy(run / "prep" / "train.indices.npy"), 80)
+    for t in triplets:
+        assert t["item"] == t["negative"] and t["item"] in train.row(t["user"])
+        assert t["positive"] not in train.row(t["user"])
+
+
+def test_a_window_without_ranks_and_too_many_held_out_are_told(toy_run, tmp_path):
+    run = with_prep(toy_run, tmp_path)
+    for words, message in (
+        (("--rank-from", 9, "--rank-to", 9), "leave no rank to mine from"),
+        (("--held-out-users", 60), "lower held_out_users"),
+        (("--model", "no/such/model"), "--model no/such/model"),
+    ):
+        code, err = finish(start(run, *words))
+        assert code == 1 and message in err and "Traceback" not in err
