@@ -118,7 +118,7 @@ def clean(log: Log, min_rating: float | None, date_from: str | None, date_to: st
             counts[name] = len(log)
             log = log.take(~above if name == "not before date_to" else above)
             counts[name] -= len(log)
-    return log
+    return replace(log, rating=None)  # not needed any more, and large
 
 
 def deduplicate(log: Log, keep: str, counts: dict) -> Log:
@@ -192,8 +192,7 @@ def oldest_first(log: Log) -> np.ndarray:
 
 def n_ties(log: Log) -> int:
     """Rows that share their user's time with another row: their order is the item's (case A17)."""
-    if log.time is None:
-        return 0
+    assert log.time is not None
     order = np.lexsort((log.time, log.user))
     user, time = log.user[order], log.time[order]
     same = (user[1:] == user[:-1]) & (time[1:] == time[:-1])

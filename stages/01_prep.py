@@ -67,19 +67,18 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     bad = readers.Bad(cfg.skip_bad_rows)
     read = iter(data.read_logs([layout for layout in layouts if layout], bad))
     logs = [next(read) if layout else None for layout in layouts]
-    log = logs[0]
     counts = {"format": str(layouts[0]), "rows": sum(map(len, filter(None, logs)))}
     counts |= {"bad rows skipped": len(bad.rows), "rows with blanks around an id": bad.n_trimmed}
 
-    if logs[2]:
+    if layouts[2]:
         say("[prep] a ready split is taken as it is: no filter, no k-core, no other split")
         log, part = data.ready_split(logs, counts)
     else:
         # Filter, keep each pair once, and core to the fixed point.
-        log = data.clean(log, cfg.min_rating, cfg.date_from, cfg.date_to, counts)
-        pairs = data.deduplicate(log, cfg.duplicates, counts)
+        log = data.clean(logs.pop(0), cfg.min_rating, cfg.date_from, cfg.date_to, counts)
+        log = pairs = data.deduplicate(log, cfg.duplicates, counts)
         counts["k-core passes"] = []
-        log = data.renumber(data.k_core(pairs, cfg.k_core, counts["k-core passes"]))
+        log = data.renumber(data.k_core(log, cfg.k_core, counts["k-core passes"]))
         if not len(log):
             raise UserError(
                 f"{log_path}: the {cfg.k_core}-core is empty ({len(pairs):,} rows, largest k with data left: "
@@ -92,13 +91,14 @@ def main(cfg: PrepConfig, run: Run) -> dict:
             return data.split(log, cfg.split, *ratios, np.random.default_rng(run.seed), *cuts)
 
         part = split(log)
-        counts["pairs at the same time as another of their user"] = data.n_ties(log)
+        if cfg.split.startswith("leave"):
+            counts["pairs at the same time as another of their user"] = data.n_ties(log)
         if cfg.published:
             compare(data.published_readings(pairs, cfg.k_core, split), cfg.published)
         log, part = data.unseen(log, part, cfg.split in ("ratio-global", "time"), counts)
     log = data.renumber(log)
     counts |= {name: int((part == number).sum()) for number, name in enumerate(data.PARTS)}
-    if not counts["train"] or (not counts["test"] and (logs[2] or cfg.split in ("ratio-global", "time"))):
+    if not counts["train"] or (not counts["test"] and (layouts[2] or cfg.split in ("ratio-global", "time"))):
         raise UserError(f"{log_path}: nothing is left to train on or to test; {told(counts)}; choose another split")
 
     # Texts and profiles; a user's profile sees training rows only (case A20).
