@@ -212,7 +212,8 @@ class StageCommand(click.Command):
         layers = [(f"preset [{self.stage}]", tables.get(self.stage, {}))]
         if self.stage == "train":
             method = typed[1].get("method") or tables.get("train", {}).get("method") or "uniform"
-            layers.append((f"preset [methods.{method}]", {"method": method, **method_knobs(tables, method)}))
+            knobs = {"method": method, **method_knobs(tables, method)}
+            layers.append((f"preset [methods.{method}]", {k: v for k, v in knobs.items() if k not in typed[1]}))
         return resolve(self.config, *layers, typed)
 
     def plan(self, cfg: Any, run: Run) -> tuple[str, dict, dict, str]:

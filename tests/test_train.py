@@ -65,12 +65,7 @@ def train(run_dir, method, *words, seed=0):
     """Run the stage; gives its folder."""
     preset = run_dir / "test.toml"
     preset.write_text(
-        "[train]\nn_epochs = 3\nbatch_size = 64\ndim = 8\nadapter_hidden = 8\ncheckpoint_every = 1\n"
-        + "".join(
-            f'[methods.{name}]\nsampler = "uniform"\nenhancer = "{name}"\n'
-            for name in ("rlmrec_con", "rlmrec_gen", "kar")
-        ),
-        encoding="utf-8",
+        "[train]\nn_epochs = 3\nbatch_size = 64\ndim = 8\nadapter_hidden = 8\ncheckpoint_every = 1\n", encoding="utf-8"
     )
     args = [
         "--preset",
@@ -95,7 +90,8 @@ def files(folder):
 
 METHODS = [
     *((name, []) for name in ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns")),
-    *((name, []) for name in ("hnlm", "hnlm_matched", "hnlm_pool", "rlmrec_con", "rlmrec_gen", "kar")),
+    *((name, []) for name in ("hnlm", "hnlm_matched", "hnlm_pool")),
+    *(("mine", ["--sampler", "dns", "--enhancer", name]) for name in ("rlmrec_con", "rlmrec_gen", "kar")),
     ("dns", ["--backbone", "mf", "--guard-threshold", "1"]),
     ("hnlm", ["--adapter-grad", "anchored", "--adapter", "attention", "--guard-threshold", "1", "--warm-start"]),
     ("hnlm", ["--rank-loss", "hinge", "--n-negatives", "3", "--base-sampler", "dns", "--n-ramp-epochs", "2"]),
