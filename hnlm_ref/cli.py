@@ -162,6 +162,20 @@ def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **
     click.echo(compare(run, tables, files, tuple(filter(None, backbones.split(","))), n_jobs))
 
 
+@main.command("data")
+@click.argument("path")
+@click.option("--format", "name", default="auto", show_default=True, help="format of the log, by name")
+@click.option("--sep", help="separator; found by looking unless given")
+@click.option("--header", type=bool, help="whether the first line names the columns; found by looking unless given")
+@click.option("--encoding", help="encoding, e.g. latin-1")
+@click.option("--columns", default="", help="role=column pairs, e.g. user=who,item=what")
+def describe_data(path: str, columns: str, **layout: Any) -> None:
+    """Tell what a log is and what prep would make of it, changing nothing."""
+    from hnlm_ref.data import describe
+
+    click.echo(describe(path, columns=cast(tuple[str, ...], columns), **layout))
+
+
 @main.command()
 @click.argument("run", type=_FOLDER)
 @click.option("--user", "key", metavar="KEY", help="one user: history, negatives, recommendations")
@@ -178,9 +192,10 @@ def show(run: Path, key: str | None, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
 def report(runs: tuple[Path, ...], out: Path) -> None:
     """Write one HTML page on several finished runs, side by side."""
-    from hnlm_ref.report import View, write
+    from hnlm_ref.report import write
+    from hnlm_ref.view import open_runs
 
-    write([View(run) for run in runs], out)
+    write(open_runs(runs), out)
     click.echo(out)
 
 
