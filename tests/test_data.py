@@ -1,11 +1,14 @@
 """Stage 1 from end to end on small logs: cleaning, cores, splits, texts. The slow twin below says what is right."""
 
+import re
+
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hnlm_ref import data
+from hnlm_ref import data, readers
 from hnlm_ref.artifacts import Run, load_csr, load_jsonl, load_npy
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
@@ -328,3 +331,16 @@ def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
 def test_a_window_that_holds_nothing_is_refused_with_the_counts(tmp_path):
     with pytest.raises(UserError, match=r"1-core is empty \(0 rows, .*before date_from: 1"):
         prepare(tmp_path, rows("u,i,5,1500000000"), date_from="2020-01-01")
+
+
+def test_the_page_on_own_data_does_what_it_says(tmp_path):
+    page = (ROOT / "stages" / "DATA.md").read_text(encoding="utf-8")
+    log, items = re.findall(r"```\n(\w+_id,.*?)```", page, re.S)
+    (tmp_path / "items.csv").write_text(items, encoding="utf-8")
+    done = prepare(tmp_path, log, items=str(tmp_path / "items.csv"), min_rating=4.0, k_core=2)
+    assert (len(done.users), len(done.items), done.counts["pairs"]) == (4, 5, 17)  # 20 rows, three rated below 4
+    assert done.counts["items without title"] == 0
+    for name in readers.FORMATS:
+        assert f"`{name}`" in page
+    for aliases in readers.ALIASES.values():
+        assert any(alias in re.sub(r"[_]", "", page.lower()) for alias in aliases)
