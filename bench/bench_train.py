@@ -45,7 +45,7 @@ def data(request, tmp_path_factory):
         )
         if not log.is_dir():
             pytest.skip(f"no {log}; set HNLM_DATA")
-        words = ["--interactions", str(log)]
+        words = ["--interactions", str(log / "Toys_and_Games.txt")]
     load_stage("prep").main([*words, "--run-dir", str(folder)], standalone_mode=False)
     return request.param, Run(folder)
 

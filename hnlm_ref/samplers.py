@@ -145,7 +145,7 @@ class Sampler:
 
         layers      the encoder's, each [U + I, d]; user_emb [U, d] and item_emb [I, d] are their means
         """
-        if self.sampler == "mixgcf":
+        if self.kind == "mixgcf":
             items = torch.cat(layers, 1)[len(user_emb) :]  # [I, L d]
             pos_layers, candidate_layers = (
                 functional.embedding(numbers, items).unflatten(-1, (len(layers), -1))
@@ -165,9 +165,9 @@ class Sampler:
                 e_u = functional.embedding(batch.users, user_emb)  # [B, d]
                 scores = torch.einsum("bd,bnmd->bnm", e_u, functional.embedding(pool.clamp(min=0), item_emb))
                 scores = scores.masked_fill(pool < 0, -torch.inf)
-                if self.sampler == "dns_mn":
+                if self.kind == "dns_mn":
                     place = pick_among_top(scores, self.n_top)
-                elif self.sampler == "ahns":
+                elif self.kind == "ahns":
                     pos_scores = (e_u * functional.embedding(batch.items, item_emb)).sum(-1)
                     place = pick_adaptive(scores, pos_scores, self.ahns_alpha, self.ahns_beta, self.ahns_p)
                 else:

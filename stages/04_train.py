@@ -21,7 +21,7 @@ from hnlm_ref.console import UserError, say
 from hnlm_ref.knobs import knob, stage_command
 
 GENERATED = ("hnlm", "hnlm_matched", "hnlm_pool")  # the samplers that read stage 3
-SAMPLERS = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns", *GENERATED)
+ORDINARY = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainConfig:
     enhancer: str = knob("none", "LLM-enhanced recommender", ("none", "rlmrec_con", "rlmrec_gen", "kar"))
     warm_start: bool = knob(False, "start from the vectors of the warm-up recommender (c_u, c_i of stage 2)")
     # the negatives
-    sampler: str = knob("uniform", "where negatives come from", SAMPLERS)
+    sampler: str = knob("uniform", "where negatives come from", ORDINARY + GENERATED)
     n_negatives: int = knob(1, "negatives per positive (n)", low=1)
     pool_size: int = knob(4, "candidates per negative (M) of dns, dns_mn, mixgcf, ahns and hnlm_pool", low=1)
     popularity_beta: float = knob(0.75, "popularity: draws go with popularity^beta", low=0)
@@ -46,7 +46,7 @@ class TrainConfig:
     ahns_p: float = knob(-2.0, "ahns: p")
     guard_threshold: float | None = knob(None, "refuse candidates this many deviations too similar to the user's items")
     # generated negatives
-    base_sampler: str = knob("uniform", "hnlm, hnlm_matched: sampler of j", ("uniform", "popularity", "dns"))
+    base_sampler: str = knob("uniform", "hnlm, hnlm_matched: sampler of j", ORDINARY)
     mix_alpha: float = knob(0.1, "hnlm: weight of e_hard in the mixture (alpha); 0 is the base sampler", low=0, high=1)
     n_matched: int = knob(1, "hnlm_matched, hnlm_pool: matched items that compete for a row's negative", low=1)
     match_temperature: float = knob(
@@ -147,6 +147,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     if len(short := free[(free > 0) & (free < sampler.n_candidates)]):
         most = sampler.n_candidates - short.min()
         say(f"{len(short)} users are short of {sampler.n_candidates} candidates, by {most} at most: theirs repeat")
+    if cfg.sampler == "hnlm_matched" and cfg.base_sampler == "mixgcf":
+        raise UserError("hnlm_matched: mixgcf makes vectors, not items that matched ones could replace; use hnlm")
     mixes = cfg.sampler == "hnlm" and cfg.mix_alpha > 0
     if mixes:
         scale = generated.mean, generated.deviation  # of h, float32 [d_llm]

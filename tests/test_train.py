@@ -124,10 +124,11 @@ def test_every_method_trains_and_writes_what_stage_5_reads(run_dir, method, word
     ]  # fmt: skip
 
 
-def test_alpha_0_repeats_the_uniform_run_exactly(run_dir):  # case E06
-    plain, mixed = files(train(run_dir, "uniform")), files(train(run_dir, "hnlm", "--mix-alpha", "0"))
-    assert plain == mixed
-    assert files(train(run_dir, "hnlm", "--mix-alpha", "0.5"))["user.npy"] != plain["user.npy"]
+@pytest.mark.parametrize("base", ["uniform", "dns", "mixgcf"])
+def test_alpha_0_repeats_the_base_samplers_run_exactly(run_dir, base):  # case E06
+    plain = files(train(run_dir, base))
+    assert files(train(run_dir, "hnlm", "--base-sampler", base, "--mix-alpha", "0")) == plain
+    assert files(train(run_dir, "hnlm", "--base-sampler", base, "--mix-alpha", "0.5"))["user.npy"] != plain["user.npy"]
 
 
 def test_the_log_tells_how_large_both_parts_of_the_mixture_are(run_dir):  # case E06
