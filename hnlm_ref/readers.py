@@ -13,6 +13,7 @@ import gzip
 import itertools
 import json
 import re
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -210,10 +211,11 @@ def sniff(
         raise UserError(f"--encoding {encoding}: {error}") from error
     if not given and "\ufffd" in text and path.name in ("u.item", "movies.dat"):  # MovieLens 100K and 1M
         encoding, text = "latin-1", head.decode("latin-1")
-    lines = [line for line in text.split("\n")[: -1 if len(head) >= HEAD else None] if line.strip()] or [text]
-    if text.startswith(("[", "{\n", "{\r")):
+    lines = text.replace("\r", " ").split("\n")
+    lines = [line for line in lines[: -1 if len(head) >= HEAD else None] if line.strip()] or [text]
+    if lines[0].strip() == "{" or lines[0].startswith("["):
         raise UserError(f"{path} is one JSON value; write one object a line, as `jq -c '.[]'` does for a list")
-    kind = kind or ("json" if text.startswith("{") and not sep else "delimited")
+    kind = kind or ("json" if lines[0].lstrip().startswith("{") and not sep else "delimited")
     names: tuple[str, ...]
     if kind == "json":
         records = [record for line in lines[:200] if (record := _record(line)) is not None]
@@ -248,7 +250,8 @@ def sniff(
 def _record(line: str) -> dict | None:
     """One line as a record: JSON, or the Python literal of Amazon's 2014 files; None if it is neither."""
     for parse in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
             record = parse(line)
             return record if isinstance(record, dict) else None
     return None
@@ -327,7 +330,7 @@ def _unit(samples: list[str], time_unit: str) -> str | None:
     if time_unit != "auto":
         return time_unit
     for text in samples:
-        if _is_number(text):
+        if _is_number(text) and float(text) < float("inf"):
             return next(unit for unit, (low, high) in UNITS.items() if low <= abs(float(text)) < high)
         if pl.select(_date(pl.lit(text))).item() is not None:
             return "date"
@@ -444,7 +447,7 @@ def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> 
             frame = check(_parse(data, layout, names).rename(renamed))
             if frame["why"].null_count() < len(frame):
                 raise pl.exceptions.ComputeError("bad rows")
-        except pl.exceptions.PolarsError:
+        except (pl.exceptions.PolarsError, OSError):  # OSError: Polars takes a block that begins like gzip for gzip
             frame, lines = _walk(data, layout, names, line, bad)
             frame = check(frame.rename(renamed))
         yield _good(frame, lines, layout, bad)

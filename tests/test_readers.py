@@ -8,9 +8,11 @@ import subprocess
 
 import polars as pl
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_data import HEADER, prepare, rows
 
-from hnlm_ref import readers
+from hnlm_ref import data, readers
 from hnlm_ref.artifacts import load_jsonl
 from hnlm_ref.console import UserError
 
@@ -299,3 +301,21 @@ def test_a_parquet_file_cut_short_and_a_zip_archive_are_refused(tmp_path):
     (tmp_path / "log").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(UserError, match="is a zip archive; unpack it first"):
         prepare(tmp_path / "run", tmp_path / "log")
+
+
+JUNK = st.sampled_from([b'"', b"\n", b"\r\n", b"\t", b"{", b"'", b"1e400", b"\x1f\x8b", b"nan", b"\0"])
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(LAYOUTS)), skip=st.booleans(), gzipped=st.booleans(), lost=st.integers(0, 20),
+    place=st.integers(0, 200), junk=st.binary(max_size=3) | JUNK,
+)  # fmt: skip
+def test_a_damaged_file_gives_rows_or_one_sentence(tmp_path, name, skip, gzipped, lost, place, junk):
+    content = (LAYOUTS[name][0] + "\n").encode() * 2
+    content = content[:place] + junk + content[place + lost :]
+    (tmp_path / "log").write_bytes(gzip.compress(content)[: -lost or None] if gzipped else content)
+    try:
+        data.read_logs([readers.sniff(tmp_path / "log")], readers.Bad(skip))
+    except UserError as error:
+        assert "\n" not in error.message
