@@ -59,7 +59,7 @@ class TrainConfig:
     adapter: str = knob("mlp", "from the LLM's space to the recommender's", ("mlp", "attention"))
     adapter_hidden: int = knob(256, "width of the adapter's hidden layer", low=1)
     adapter_grad: str = knob(
-        "joint", "what moves the adapter: the ranking losses, or only an anchor", ("joint", "anchored")
+        "anchored", "what moves the adapter: the losses (paper), or an anchor at the best match", ("joint", "anchored")
     )
     # the losses
     rank_loss: str = knob("bpr", "L_rank", ("bpr", "hinge"))
@@ -166,6 +166,9 @@ def main(cfg: TrainConfig, run: Run) -> dict:
             has, h = generated.vectors_of(batch.rows)  # the P rows with a generated negative, and h(u, i) [P, d_llm]
             with torch.autocast(run.device, torch.bfloat16, enabled=cfg.amp and run.device == "cuda"):
                 e_hard = model["adapter"](h).float()  # [P, d]
+            # Choice: as long as item vectors are on average. Left free, the ranking loss makes it long and easy (away
+            # from e_u) within an epoch, and alpha means nothing.
+            e_hard = functional.normalize(e_hard) * item_emb.detach().norm(dim=1).mean()
             if cfg.adapter_grad == "anchored":
                 nearest = generated.matches_of(batch.rows[has])[0][:, 0]  # [P], -1: no match
                 target = item_emb[nearest[nearest >= 0]]

@@ -93,7 +93,7 @@ METHODS = [
     *((name, []) for name in ("hnlm", "hnlm_matched", "hnlm_pool")),
     *(("mine", ["--sampler", "dns", "--enhancer", name]) for name in ("rlmrec_con", "rlmrec_gen", "kar")),
     ("dns", ["--backbone", "mf", "--guard-threshold", "1"]),
-    ("hnlm", ["--adapter-grad", "anchored", "--adapter", "attention", "--guard-threshold", "1", "--warm-start"]),
+    ("hnlm", ["--adapter-grad", "joint", "--adapter", "attention", "--guard-threshold", "1", "--warm-start"]),
     ("hnlm", ["--rank-loss", "hinge", "--n-negatives", "3", "--base-sampler", "dns", "--n-ramp-epochs", "2"]),
     ("mixgcf", ["--backbone", "mf", "--n-negatives", "2", "--batch-size", "239"]),  # 240 pairs: a batch of one row
 ]
