@@ -138,10 +138,13 @@ def machine() -> str:
 
 
 def pytest_sessionfinish(session):
+    """Write the tables of this session; those of other jobs stay as they are."""
     if not rows:
         return
-    tables = "\n\n".join([machine(), *map(table, rows)])
-    print("\n" + tables)
     marker = "<!-- tables: written by the benches -->"
-    head = RESULTS.read_text(encoding="utf-8").split(marker)[0] if RESULTS.exists() else ""
-    RESULTS.write_text(f"{head}{marker}\n\n{tables}\n", encoding="utf-8")
+    head, _, old = RESULTS.read_text(encoding="utf-8").partition(marker) if RESULTS.exists() else ("", "", "")
+    tables = {part.splitlines()[0]: f"### {part.strip()}" for part in old.split("### ")[1:]}
+    tables |= {job: table(job) for job in rows}
+    text = "\n\n".join([machine(), *tables.values()])
+    print("\n" + text)
+    RESULTS.write_text(f"{head}{marker}\n\n{text}\n", encoding="utf-8")

@@ -37,12 +37,7 @@ pub fn sample_uniform(csr: CsrView, users: &[i32], n_negatives: usize, seed: u64
 
 /// The same with probability proportional to `weights` among the free items.
 pub fn sample_popularity(
-    csr: CsrView,
-    weights: &[f64],
-    users: &[i32],
-    n_negatives: usize,
-    seed: u64,
-    out: &mut [i32],
+    csr: CsrView, weights: &[f64], users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32],
 ) -> Result<()> {
     let table = AliasTable::new(weights)?;
     let n_columns = table.columns.len() as u32;
@@ -71,11 +66,7 @@ pub fn sample_popularity(
 /// Copies each row of `candidates` without the user's own items and without -1 to the left of
 /// `out`, pads with -1, and counts what is left in `kept`.
 pub fn filter_candidates(
-    csr: CsrView,
-    users: &[i32],
-    candidates: &[i32],
-    out: &mut [i32],
-    kept: &mut [i32],
+    csr: CsrView, users: &[i32], candidates: &[i32], out: &mut [i32], kept: &mut [i32],
 ) -> Result<()> {
     check_users(users, csr.n_rows())?;
     if let Some(position) = candidates.iter().position(|&item| item < -1) {
@@ -131,12 +122,7 @@ impl Run {
 /// `fix(run, user, owned items, out, coins)` for every run of equal neighbours in `users`.
 #[allow(clippy::too_many_arguments)]
 fn each_run(
-    csr: CsrView,
-    users: &[i32],
-    n_negatives: usize,
-    bound: u32,
-    seed: u64,
-    out: &mut [i32],
+    csr: CsrView, users: &[i32], n_negatives: usize, bound: u32, seed: u64, out: &mut [i32],
     fix: impl Fn(&Run, usize, &mut Owned, &mut [i32], &mut [u32]) -> Result<()> + Sync,
 ) -> Result<()> {
     check_users(users, csr.n_rows())?;

@@ -24,10 +24,7 @@ impl<'a> CsrView<'a> {
     }
 
     fn named(
-        indptr: &'a [i64],
-        indices: &'a [i32],
-        n_cols: usize,
-        names: (&'static str, &'static str),
+        indptr: &'a [i64], indices: &'a [i32], n_cols: usize, names: (&'static str, &'static str),
     ) -> Result<Self> {
         if indptr.is_empty() {
             return Err(Error::Length { name: names.0, expected: 1, found: 0 });

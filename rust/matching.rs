@@ -6,10 +6,10 @@ use rayon::prelude::*;
 
 use crate::csr::{CsrView, check_users};
 use crate::error::Result;
-use crate::scan::{Hits, State, Vectors, scan};
+use crate::scan::{Hits, Order, State, Vectors, scan};
 use crate::simd::Kernel;
 use crate::threads;
-use crate::topk::{Best, natural_order};
+use crate::topk::Best;
 
 /// Which cosines count: from `min` to `max`, both included.
 #[derive(Clone, Copy)]
@@ -50,38 +50,29 @@ impl State for Nearest<'_> {
 
 /// The `k` nearest items of every query, without those of the user it was made for.
 pub fn match_items(
-    queries: Vectors,
-    catalogue: Vectors,
-    users: &[i32],
-    excluded: CsrView,
-    k: usize,
-    band: Band,
+    queries: Vectors, catalogue: Vectors, users: &[i32], excluded: CsrView, k: usize, band: Band,
     (items, scores): (&mut [i32], &mut [f32]),
 ) -> Result<()> {
     check_users(users, excluded.n_rows())?;
     let (query_norms, item_norms) = (queries.lengths("queries")?, catalogue.lengths("items")?);
     let queries = Vectors { norms: Some(&query_norms), ..queries };
     let catalogue = Vectors { norms: Some(&item_norms), ..catalogue };
+    let order = Order::by_popularity(excluded);
     let slots = items.chunks_mut(k.max(1)).zip(scores.chunks_mut(k.max(1)));
     let states = slots.enumerate().map(|(query, (items, scores))| {
         // A computed cosine may lie a rounding error below -1; it is clipped, not lost.
         let open = if band.min <= -1.0 { f32::MIN } else { band.min };
         let floor = if query_norms[query] > 0.0 { open } else { f32::INFINITY };
-        let best = Best::new(excluded.row(users[query] as usize)?, floor, items, scores);
+        let best = Best::new(order.places(excluded.row(users[query] as usize)?), floor, items, scores);
         Ok(Nearest { best, max: band.max, item_norms: &item_norms })
     });
-    scan(&queries, &catalogue, &natural_order(catalogue.len), Best::bytes(k), states)
+    scan(&queries, &catalogue, &order, Best::bytes(k), states)
 }
 
 /// The `k` catalogue titles most like each title, by the Dice coefficient of their trigram sets,
 /// from `min_similarity` up. Titles without a letter or digit match nothing.
 pub fn match_titles(
-    titles: &[String],
-    catalogue: &[String],
-    users: &[i32],
-    excluded: CsrView,
-    k: usize,
-    min_similarity: f32,
+    titles: &[String], catalogue: &[String], users: &[i32], excluded: CsrView, k: usize, min_similarity: f32,
     (items, scores): (&mut [i32], &mut [f32]),
 ) -> Result<()> {
     check_users(users, excluded.n_rows())?;
@@ -100,11 +91,11 @@ pub fn match_titles(
             let mut touched: Vec<i32> = lists().copied().collect();
             touched.sort_unstable();
             touched.dedup();
-            let mut best = Best::new(excluded.row(users[query] as usize)?, min_similarity, items, scores);
+            let mut best = Best::new(excluded.row(users[query] as usize)?.to_vec(), min_similarity, items, scores);
             for some in touched.chunks(64) {
                 let likeness = some.iter().map(|&item| {
                     let shared = std::mem::take(&mut common[item as usize]);
-                    (item, (2 * shared) as f32 / (own.len() + grams[item as usize].len()) as f32)
+                    (item, item, (2 * shared) as f32 / (own.len() + grams[item as usize].len()) as f32)
                 });
                 best.take(likeness, |_, likeness| (likeness >= min_similarity).then_some(likeness));
             }

@@ -117,9 +117,7 @@ type Lists<'py> = (Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f32>>);
 
 /// Runs `fill` without the interpreter lock on fresh `[rows, k]` arrays of items and scores.
 fn lists<'py>(
-    py: Python<'py>,
-    (rows, k): (usize, usize),
-    n_threads: i128,
+    py: Python<'py>, (rows, k): (usize, usize), n_threads: i128,
     fill: impl FnOnce(&mut [i32], &mut [f32]) -> Result<()> + Send,
 ) -> PyResult<Lists<'py>> {
     let size = checked_size(rows, k)?;
@@ -137,9 +135,7 @@ fn checked_size(rows: usize, k: usize) -> Result<usize> {
 }
 
 fn shaped<T: Element, D: Dimension>(
-    py: Python<'_>,
-    values: Vec<T>,
-    shape: D,
+    py: Python<'_>, values: Vec<T>, shape: D,
 ) -> PyResult<Bound<'_, numpy::PyArray<T, D>>> {
     let array = Array::from_shape_vec(shape, values).map_err(|error| PyValueError::new_err(error.to_string()))?;
     Ok(array.into_pyarray(py))
@@ -171,15 +167,8 @@ fn expect(name: &'static str, found: usize, expected: usize) -> Result<()> {
 #[pyo3(signature = (indptr, indices, n_items, users, n_negatives, seed, n_threads=0, out=None))]
 #[allow(clippy::too_many_arguments)]
 fn sample_uniform<'py>(
-    py: Python<'py>,
-    indptr: Longs<'py>,
-    indices: Ints<'py>,
-    n_items: i128,
-    users: Ints<'py>,
-    n_negatives: i128,
-    seed: i128,
-    n_threads: i128,
-    out: Option<Bound<'py, PyAny>>,
+    py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, n_items: i128, users: Ints<'py>, n_negatives: i128,
+    seed: i128, n_threads: i128, out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
     let csr = CsrView::new(indptr.slice(), indices.slice(), natural("n_items", n_items)?)?;
     let users = users.slice();
@@ -205,15 +194,8 @@ fn sample_uniform<'py>(
 #[pyo3(signature = (indptr, indices, weights, users, n_negatives, seed, n_threads=0, out=None))]
 #[allow(clippy::too_many_arguments)]
 fn sample_popularity<'py>(
-    py: Python<'py>,
-    indptr: Longs<'py>,
-    indices: Ints<'py>,
-    weights: Input<'py, f64, Ix1>,
-    users: Ints<'py>,
-    n_negatives: i128,
-    seed: i128,
-    n_threads: i128,
-    out: Option<Bound<'py, PyAny>>,
+    py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, weights: Input<'py, f64, Ix1>, users: Ints<'py>,
+    n_negatives: i128, seed: i128, n_threads: i128, out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
     let (weights, users) = (weights.slice(), users.slice());
     let csr = CsrView::new(indptr.slice(), indices.slice(), weights.len())?;
@@ -225,10 +207,7 @@ fn sample_popularity<'py>(
 
 /// Runs `fill` without the interpreter lock on `out` or on a fresh array.
 fn draw_into<'py>(
-    py: Python<'py>,
-    (rows, n): (usize, usize),
-    n_threads: i128,
-    out: Option<Bound<'py, PyAny>>,
+    py: Python<'py>, (rows, n): (usize, usize), n_threads: i128, out: Option<Bound<'py, PyAny>>,
     fill: impl FnOnce(&mut [i32]) -> Result<()> + Send,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
     let Some(out) = out else {
@@ -263,11 +242,7 @@ fn draw_into<'py>(
 ///     TypeError, ValueError, IndexError as `sample_uniform`; IndexError for a candidate below -1
 #[pyfunction]
 fn filter_candidates<'py>(
-    py: Python<'py>,
-    indptr: Longs<'py>,
-    indices: Ints<'py>,
-    users: Ints<'py>,
-    candidates: Input<'py, i32, Ix2>,
+    py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, users: Ints<'py>, candidates: Input<'py, i32, Ix2>,
 ) -> PyResult<Filtered<'py>> {
     let csr = CsrView::new(indptr.slice(), indices.slice(), i32::MAX as usize)?;
     let users = users.slice();
@@ -307,16 +282,8 @@ fn filter_candidates<'py>(
 )]
 #[allow(clippy::too_many_arguments)]
 fn match_items<'py>(
-    py: Python<'py>,
-    queries: Floats<'py>,
-    items: Floats<'py>,
-    users: Ints<'py>,
-    indptr: Longs<'py>,
-    indices: Ints<'py>,
-    k: i128,
-    min_similarity: f32,
-    max_similarity: f32,
-    n_threads: i128,
+    py: Python<'py>, queries: Floats<'py>, items: Floats<'py>, users: Ints<'py>, indptr: Longs<'py>,
+    indices: Ints<'py>, k: i128, min_similarity: f32, max_similarity: f32, n_threads: i128,
 ) -> PyResult<Lists<'py>> {
     let (queries, items, users) = (queries.vectors(), items.vectors(), users.slice());
     expect("items (dimensions)", items.dim, queries.dim)?;
@@ -355,14 +322,8 @@ fn not_nan(name: &'static str, value: f32) -> Result<f32> {
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn match_titles<'py>(
-    py: Python<'py>,
-    titles: Vec<String>,
-    catalogue: Vec<String>,
-    users: Ints<'py>,
-    indptr: Longs<'py>,
-    indices: Ints<'py>,
-    k: i128,
-    min_similarity: f32,
+    py: Python<'py>, titles: Vec<String>, catalogue: Vec<String>, users: Ints<'py>, indptr: Longs<'py>,
+    indices: Ints<'py>, k: i128, min_similarity: f32,
 ) -> PyResult<Lists<'py>> {
     let users = users.slice();
     expect("users", users.len(), titles.len())?;
@@ -394,12 +355,7 @@ fn match_titles<'py>(
 #[pyfunction]
 #[pyo3(name = "topk", signature = (user_emb, item_emb, indptr, indices, k, n_threads=0))]
 fn topk_py<'py>(
-    py: Python<'py>,
-    user_emb: Table<'py>,
-    item_emb: Table<'py>,
-    indptr: Longs<'py>,
-    indices: Ints<'py>,
-    k: i128,
+    py: Python<'py>, user_emb: Table<'py>, item_emb: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>, k: i128,
     n_threads: i128,
 ) -> PyResult<Lists<'py>> {
     let (users, items) = (user_emb.vectors(), item_emb.vectors());
@@ -421,12 +377,7 @@ fn topk_py<'py>(
 #[pyfunction]
 #[pyo3(signature = (scores, indptr, indices, k, n_threads=0))]
 fn topk_scores<'py>(
-    py: Python<'py>,
-    scores: Table<'py>,
-    indptr: Longs<'py>,
-    indices: Ints<'py>,
-    k: i128,
-    n_threads: i128,
+    py: Python<'py>, scores: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>, k: i128, n_threads: i128,
 ) -> PyResult<Lists<'py>> {
     let (n_users, n_items) = (scores.shape()[0], scores.shape()[1]);
     let matrix = scores.slice();
@@ -449,15 +400,8 @@ fn topk_scores<'py>(
 #[pyo3(signature = (user_emb, item_emb, indptr, indices, test_indptr, test_indices, k, n_threads=0))]
 #[allow(clippy::too_many_arguments)]
 fn test_ranks<'py>(
-    py: Python<'py>,
-    user_emb: Table<'py>,
-    item_emb: Table<'py>,
-    indptr: Longs<'py>,
-    indices: Ints<'py>,
-    test_indptr: Longs<'py>,
-    test_indices: Ints<'py>,
-    k: i128,
-    n_threads: i128,
+    py: Python<'py>, user_emb: Table<'py>, item_emb: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>,
+    test_indptr: Longs<'py>, test_indices: Ints<'py>, k: i128, n_threads: i128,
 ) -> PyResult<Bound<'py, PyArray1<i32>>> {
     let (users, items) = (user_emb.vectors(), item_emb.vectors());
     expect("item_emb (dimensions)", items.dim, users.dim)?;
@@ -479,10 +423,7 @@ fn test_ranks<'py>(
 ///     TypeError, ValueError, IndexError as `topk`
 #[pyfunction]
 fn ranks_in_lists<'py>(
-    py: Python<'py>,
-    topk: Input<'py, i32, Ix2>,
-    test_indptr: Longs<'py>,
-    test_indices: Ints<'py>,
+    py: Python<'py>, topk: Input<'py, i32, Ix2>, test_indptr: Longs<'py>, test_indices: Ints<'py>,
 ) -> PyResult<Bound<'py, PyArray1<i32>>> {
     let held_out = CsrView::held_out(test_indptr.slice(), test_indices.slice(), i32::MAX as usize)?;
     held_out.expect_rows(topk.shape()[0])?;
@@ -508,10 +449,7 @@ fn ranks_in_lists<'py>(
 ///     TypeError, ValueError as `topk`; IndexError for a negative rank
 #[pyfunction]
 fn user_metrics<'py>(
-    py: Python<'py>,
-    ranks: Ints<'py>,
-    test_indptr: Longs<'py>,
-    ks: Longs<'py>,
+    py: Python<'py>, ranks: Ints<'py>, test_indptr: Longs<'py>, ks: Longs<'py>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let (ranks, ks) = (ranks.slice(), ks.slice());
     let frame = CsrView::held_out(test_indptr.slice(), ranks, i32::MAX as usize)?;

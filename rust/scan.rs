@@ -11,6 +11,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
+use crate::csr::CsrView;
 use crate::error::{Error, Result};
 use crate::simd::{self, Kernel};
 
@@ -21,7 +22,7 @@ const STATE_BYTES: usize = 24 << 20;
 /// Bytes of panels that a thread goes over with all its queries before it takes the next.
 const CACHE_BYTES: usize = 512 << 10;
 /// Bytes of queries that one task packs.
-const QUERY_BYTES: usize = 128 << 10;
+const QUERY_BYTES: usize = 512 << 10;
 
 /// Row-major vectors in either precision.
 #[derive(Clone, Copy)]
@@ -79,22 +80,56 @@ impl<'a> Vectors<'a> {
     }
 }
 
-/// Some scores of one query that reached its threshold: those of the set `bits`.
+/// Some scores of one query that reached its threshold: those of the set `bits`. `first` is the
+/// place of `items[0]` in the order of the scan.
 pub struct Hits<'a> {
     pub bits: u64,
     pub scores: &'a [f32],
     pub items: &'a [i32],
+    pub first: i32,
 }
 
+/// Place in the order of the scan, item, score.
 impl Iterator for Hits<'_> {
-    type Item = (i32, f32);
+    type Item = (i32, i32, f32);
 
     #[inline(always)]
-    fn next(&mut self) -> Option<(i32, f32)> {
+    fn next(&mut self) -> Option<(i32, i32, f32)> {
         let at = self.bits.trailing_zeros() as usize;
-        let hit = (*self.items.get(at)?, *self.scores.get(at)?);
+        let hit = (self.first + at as i32, *self.items.get(at)?, *self.scores.get(at)?);
         self.bits &= self.bits.wrapping_sub(1);
         Some(hit)
+    }
+}
+
+/// The order of a scan: items by how often users have them, the most popular first, and the place
+/// of every item in it. Models like popular items, so thresholds rise early, held-out items that
+/// will be beaten K times are beaten early, and the rest of the scan is the bare product.
+pub struct Order {
+    pub items: Vec<i32>,
+    places: Vec<i32>,
+}
+
+impl Order {
+    pub fn by_popularity(users: CsrView) -> Self {
+        let mut count = vec![0u32; users.n_cols];
+        for &item in users.items() {
+            if let Some(n) = count.get_mut(item as usize) {
+                *n += 1;
+            }
+        }
+        let mut items: Vec<i32> = (0..users.n_cols as i32).collect();
+        items.sort_by_key(|&item| std::cmp::Reverse(count[item as usize]));
+        let mut places = vec![0; items.len()];
+        items.iter().zip(0..).for_each(|(&item, place)| places[item as usize] = place);
+        Self { items, places }
+    }
+
+    /// The places of some items, ascending.
+    pub fn places(&self, items: &[i32]) -> Vec<i32> {
+        let mut places: Vec<i32> = items.iter().map(|&item| self.places[item as usize]).collect();
+        places.sort_unstable();
+        places
     }
 }
 
@@ -110,30 +145,26 @@ pub trait State: Send {
     fn finish(self);
 }
 
-/// Passes every query over every item, in the order of `order`. State `q` of the iterator belongs
+/// Passes every query over every item, in the given order. State `q` of the iterator belongs
 /// to query `q`, and takes about `state_bytes` while it is alive.
 pub fn scan<S: State>(
-    queries: &Vectors,
-    items: &Vectors,
-    order: &[i32],
-    state_bytes: usize,
-    states: impl Iterator<Item = Result<S>>,
+    queries: &Vectors, items: &Vectors, order: &Order, state_bytes: usize, states: impl Iterator<Item = Result<S>>,
 ) -> Result<()> {
     let kernel = simd::kernel();
     let batch = (STATE_BYTES / (state_bytes + size_of::<S>())).clamp(64, 1 << 14);
     let block = (PANEL_BYTES / (4 * items.dim.max(1) * kernel.cols)).max(1) * kernel.cols;
     let group = (QUERY_BYTES / (4 * items.dim.max(1))).clamp(1, 128).next_multiple_of(kernel.rows);
-    let mut panels = Panels { kernel, dim: items.dim, values: Vec::new(), items: &[] };
+    let mut panels = Panels { kernel, dim: items.dim, values: Vec::new(), first: 0, items: &[] };
     let mut states = states.peekable();
     let mut first = 0;
     while states.peek().is_some() {
         let mut alive: Vec<S> = states.by_ref().take(batch).collect::<Result<_>>()?;
-        for (b, part) in order.chunks(block).enumerate() {
-            if first == 0 || order.len() > block {
-                panels.pack(items, part);
+        for (b, part) in order.items.chunks(block).enumerate() {
+            if first == 0 || order.items.len() > block {
+                panels.pack(items, b * block, part);
             }
             alive.par_chunks_mut(group).enumerate().for_each(|(g, states)| {
-                scan_group(&panels, queries, first + g * group, states, b == 0);
+                scan_group(&panels, queries, first + g * group, states);
             });
         }
         first += alive.len();
@@ -142,18 +173,20 @@ pub fn scan<S: State>(
     Ok(())
 }
 
-/// A block of items, `kernel.cols` side by side: dimension after dimension, item after item.
+/// A block of items, `kernel.cols` side by side: dimension after dimension, item after item. `first`
+/// is the place of `items[0]` in the order of the scan.
 struct Panels<'a> {
     kernel: &'static Kernel,
     dim: usize,
     values: Vec<f32>,
+    first: usize,
     items: &'a [i32],
 }
 
 impl<'a> Panels<'a> {
-    fn pack(&mut self, items: &Vectors, part: &'a [i32]) {
+    fn pack(&mut self, items: &Vectors, first: usize, part: &'a [i32]) {
         let (width, size) = (self.kernel.cols, self.kernel.cols * self.dim);
-        self.items = part;
+        (self.first, self.items) = (first, part);
         self.values.resize(part.len().div_ceil(width) * size, 0.0);
         self.values.par_chunks_mut(size.max(1)).zip(part.par_chunks(width)).for_each_init(
             || vec![0.0; items.dim],
@@ -176,13 +209,13 @@ impl<'a> Panels<'a> {
 /// One group of queries against one block of panels. Queries that are done (see
 /// [`State::threshold`]) leave between two parts of the block, and the others close the ranks; the
 /// parts start small, since many leave early, and grow to what the cache holds.
-fn scan_group<S: State>(panels: &Panels, queries: &Vectors, first: usize, states: &mut [S], is_start: bool) {
+fn scan_group<S: State>(panels: &Panels, queries: &Vectors, first: usize, states: &mut [S]) {
     let (kernel, dim) = (panels.kernel, panels.dim);
     let mut rows: Vec<f32> = vec![0.0; states.len() * dim];
     for (q, state) in states.iter_mut().enumerate() {
         let row = &mut rows[q * dim..(q + 1) * dim];
         queries.read(first + q, row);
-        if is_start {
+        if panels.first == 0 {
             state.start(row, kernel);
         }
     }
@@ -190,55 +223,53 @@ fn scan_group<S: State>(panels: &Panels, queries: &Vectors, first: usize, states
         states.iter_mut().enumerate().map(|(q, state)| (&rows[q * dim..(q + 1) * dim], state)).collect();
     let n_panels = panels.items.len().div_ceil(kernel.cols);
     let most = (CACHE_BYTES / (4 * kernel.cols * dim.max(1))).max(1);
-    let (mut start, mut length) = (0, if is_start { 4 } else { most });
-    let mut tile = TileBuffer::new(kernel, dim);
+    let (mut start, mut length) = (0, if panels.first == 0 { 4 } else { most });
+    let mut tiles = Vec::new();
     while start < n_panels && !active.is_empty() {
-        let end = n_panels.min(start + length.min(most));
-        for queries in active.chunks_mut(kernel.rows) {
-            tile.pass(panels, start..end, queries);
+        if tiles.len() != active.len().div_ceil(kernel.rows) {
+            tiles = active.chunks(kernel.rows).map(|queries| pack_queries(kernel, dim, queries)).collect();
         }
+        let end = n_panels.min(start + length.min(most));
+        for (queries, packed) in active.chunks_mut(kernel.rows).zip(&tiles) {
+            pass(panels, start..end, packed, queries);
+        }
+        let n_before = active.len();
         active.retain(|(_, state)| state.threshold() < f32::INFINITY);
+        if active.len() < n_before {
+            tiles.clear();
+        }
         (start, length) = (end, 2 * length);
     }
 }
 
-/// The queries, thresholds and results of one tile.
-struct TileBuffer {
-    queries: Vec<f32>,
-    thresholds: Vec<f32>,
-    scores: Vec<f32>,
-    hits: Vec<u64>,
+/// Up to `kernel.rows` queries side by side, dimension after dimension.
+fn pack_queries<S>(kernel: &Kernel, dim: usize, queries: &[(&[f32], &mut S)]) -> Vec<f32> {
+    let mut packed = vec![0.0; kernel.rows * dim];
+    for (r, (query, _)) in queries.iter().enumerate() {
+        let column = packed.iter_mut().skip(r).step_by(kernel.rows);
+        query.iter().zip(column).for_each(|(&value, slot)| *slot = value);
+    }
+    packed
 }
 
-impl TileBuffer {
-    fn new(kernel: &Kernel, dim: usize) -> Self {
-        Self {
-            queries: vec![0.0; kernel.rows * dim],
-            thresholds: vec![f32::INFINITY; kernel.rows],
-            scores: vec![0.0; kernel.rows * kernel.cols],
-            hits: vec![0; kernel.rows],
+/// One tile of queries against some panels.
+fn pass<S: State>(panels: &Panels, span: std::ops::Range<usize>, packed: &[f32], queries: &mut [(&[f32], &mut S)]) {
+    let (kernel, cols) = (panels.kernel, panels.kernel.cols);
+    let (mut scores, mut hits) = ([0.0; simd::MAX_TILE], [0; simd::MAX_ROWS]);
+    let (scores, hits) = (&mut scores[..kernel.rows * cols], &mut hits[..kernel.rows]);
+    let mut thresholds = [f32::INFINITY; simd::MAX_ROWS];
+    thresholds.iter_mut().zip(&*queries).for_each(|(threshold, (_, state))| *threshold = state.threshold());
+    for p in span {
+        if !kernel.tile(panels.dim, packed, panels.panel(p), &thresholds[..kernel.rows], scores, hits) {
+            continue;
         }
-    }
-
-    fn pass<S: State>(&mut self, panels: &Panels, span: std::ops::Range<usize>, queries: &mut [(&[f32], &mut S)]) {
-        let (kernel, dim) = (panels.kernel, panels.dim);
-        self.thresholds.fill(f32::INFINITY);
-        for (r, (query, state)) in queries.iter().enumerate() {
-            self.thresholds[r] = state.threshold();
-            let column = self.queries.iter_mut().skip(r).step_by(kernel.rows);
-            query.iter().zip(column).for_each(|(&value, slot)| *slot = value);
-        }
-        for p in span {
-            if !kernel.tile(dim, &self.queries, panels.panel(p), &self.thresholds, &mut self.scores, &mut self.hits) {
-                continue;
-            }
-            let items = &panels.items[p * kernel.cols..panels.items.len().min((p + 1) * kernel.cols)];
-            for (r, (_, state)) in queries.iter_mut().enumerate() {
-                let bits = self.hits[r] & (u64::MAX >> (64 - items.len()));
-                if bits != 0 {
-                    state.offer(Hits { bits, scores: &self.scores[r * kernel.cols..(r + 1) * kernel.cols], items });
-                    self.thresholds[r] = state.threshold();
-                }
+        let items = &panels.items[p * cols..panels.items.len().min((p + 1) * cols)];
+        for (r, (_, state)) in queries.iter_mut().enumerate() {
+            let bits = hits[r] & (u64::MAX >> (64 - items.len()));
+            if bits != 0 {
+                let first = (panels.first + p * cols) as i32;
+                state.offer(Hits { bits, scores: &scores[r * cols..(r + 1) * cols], items, first });
+                thresholds[r] = state.threshold();
             }
         }
     }

@@ -147,12 +147,7 @@ pub struct Kernel {
 /// two vectors of items and the query that they are multiplied with.
 #[inline(always)]
 unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
-    dim: usize,
-    queries: *const f32,
-    panel: *const f32,
-    thresholds: &[f32],
-    scores: &mut [f32],
-    hits: &mut [u64],
+    dim: usize, queries: *const f32, panel: *const f32, thresholds: &[f32], scores: &mut [f32], hits: &mut [u64],
 ) -> bool {
     unsafe {
         let mut sums = [[L::splat(0.0); C]; R];
@@ -197,6 +192,10 @@ macro_rules! kernel {
         Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, dot: $dot, available: || $available }
     }};
 }
+
+/// Room for the tile of any kernel.
+pub const MAX_ROWS: usize = 14;
+pub const MAX_TILE: usize = 14 * 32;
 
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
@@ -250,13 +249,7 @@ impl Kernel {
     /// hits are not written. Whether anything was hit.
     #[inline]
     pub fn tile(
-        &self,
-        dim: usize,
-        queries: &[f32],
-        panel: &[f32],
-        thresholds: &[f32],
-        scores: &mut [f32],
-        hits: &mut [u64],
+        &self, dim: usize, queries: &[f32], panel: &[f32], thresholds: &[f32], scores: &mut [f32], hits: &mut [u64],
     ) -> bool {
         assert!(queries.len() == dim * self.rows && panel.len() == dim * self.cols);
         assert!(thresholds.len() == self.rows && hits.len() == self.rows && scores.len() == self.rows * self.cols);
@@ -275,5 +268,60 @@ impl Kernel {
     pub fn dot(&self, query: &[f32], item: &[f32]) -> f32 {
         // SAFETY: as for `tries`.
         unsafe { (self.dot)(query, item) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Stream, below};
+
+    /// Numbers between -1 and 1 with many digits.
+    fn numbers(n: usize, seed: u64) -> Vec<f32> {
+        (0..n as u64).map(|at| (Stream::new(seed, 0).word(at, 0) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    fn ours() -> impl Iterator<Item = &'static Kernel> {
+        KERNELS.iter().filter(|kernel| (kernel.available)())
+    }
+
+    #[test]
+    fn every_score_of_a_tile_is_its_dot_product_and_hits_are_those_at_least_the_threshold() {
+        for kernel in ours() {
+            for dim in [0, 1, 5, 33] {
+                let (rows, cols) = (kernel.rows, kernel.cols);
+                assert!(rows <= MAX_ROWS && rows * cols <= MAX_TILE && cols <= 64);
+                let (queries, panel) = (numbers(rows * dim, 1), numbers(cols * dim, 2));
+                let (mut scores, mut hits) = (vec![f32::NAN; rows * cols], vec![0; rows]);
+                let thresholds: Vec<f32> = (0..rows).map(|r| if r == 0 { f32::MIN } else { 0.1 }).collect();
+                kernel.tile(dim, &queries, &panel, &thresholds, &mut scores, &mut hits);
+                for (r, c) in (0..rows).flat_map(|r| (0..cols).map(move |c| (r, c))) {
+                    let column =
+                        |from: &[f32], at: usize, width| (0..dim).map(|k| from[k * width + at]).collect::<Vec<_>>();
+                    let expected = kernel.dot(&column(&queries, r, rows), &column(&panel, c, cols));
+                    assert_eq!(hits[r] >> c & 1 == 1, expected >= thresholds[r], "{} {dim}", kernel.name);
+                    assert!(hits[r] == 0 || scores[r * cols + c] == expected, "{} {dim}", kernel.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn first_tries_are_the_words_of_the_stream() {
+        for (kernel, n) in ours().flat_map(|kernel| [1, 2, 17].map(|n| (kernel, n))) {
+            let (mut found, mut coins) = (vec![0; 37 * n], vec![0; 37 * n]);
+            kernel.tries(7, 100, n, 3_000_000_000, &mut found, &mut coins);
+            for at in 0..37 * n {
+                let word = Stream::new(7, 100 + (at / n) as u64).word((at % n) as u64, 0);
+                assert_eq!(found[at], below(word, 3_000_000_000).map_or(-1, |number| number as i32));
+                assert_eq!(coins[at], word as u32);
+            }
+        }
+    }
+
+    #[test]
+    fn the_kernel_can_be_chosen_and_prefetching_knows_the_end() {
+        assert!(!choose("abacus") && available().contains(&"plain"));
+        prefetch(&[1, 2, 3], 3);
     }
 }

@@ -4,18 +4,18 @@ use rayon::prelude::*;
 
 use crate::csr::CsrView;
 use crate::error::{Error, Result};
-use crate::scan::{Hits, State, Vectors, scan};
+use crate::scan::{Hits, Order, State, Vectors, scan};
 use crate::simd::Kernel;
 use crate::threads;
 
-/// The best K of the scores offered, without a user's excluded items. Items come in ascending order.
+/// The best K of the scores offered, without a user's excluded items.
 ///
 /// Candidates are collected in a buffer of at least twice the size. When it is full the better K
 /// are kept and the threshold rises to the last of them: cheaper than keeping a heap in order for
 /// candidates of which most will fall out again. Score and item are one whole number (see
 /// [`key`]), so that comparing them is one instruction.
 pub struct Best<'a> {
-    excluded: std::iter::Peekable<std::iter::Copied<std::slice::Iter<'a, i32>>>,
+    excluded: std::iter::Peekable<std::vec::IntoIter<i32>>,
     threshold: f32,
     buffer: Vec<u64>,
     items: &'a mut [i32],
@@ -38,9 +38,10 @@ fn score_of(key: u64) -> f32 {
 
 impl<'a> Best<'a> {
     /// Writes to `items` and `scores`, whose length is K. Only scores from `floor` up count.
-    pub fn new(excluded: &'a [i32], floor: f32, items: &'a mut [i32], scores: &'a mut [f32]) -> Self {
+    /// `excluded` are places in the order of the offers, ascending.
+    pub fn new(excluded: Vec<i32>, floor: f32, items: &'a mut [i32], scores: &'a mut [f32]) -> Self {
         let threshold = if items.is_empty() { f32::INFINITY } else { floor };
-        Self { excluded: excluded.iter().copied().peekable(), threshold, buffer: Vec::new(), items, scores }
+        Self { excluded: excluded.into_iter().peekable(), threshold, buffer: Vec::new(), items, scores }
     }
 
     /// Bytes of the buffer.
@@ -55,11 +56,11 @@ impl<'a> Best<'a> {
 
     /// Takes the hits, each with its score as `adjust` sees it, if it is not `None`.
     #[inline(always)]
-    pub fn take(&mut self, hits: impl Iterator<Item = (i32, f32)>, adjust: impl Fn(i32, f32) -> Option<f32>) {
-        for (item, score) in hits {
+    pub fn take(&mut self, hits: impl Iterator<Item = (i32, i32, f32)>, adjust: impl Fn(i32, f32) -> Option<f32>) {
+        for (place, item, score) in hits {
             // Both sequences rise, so one walk along the row finds every excluded item.
-            while self.excluded.next_if(|&excluded| excluded < item).is_some() {}
-            if self.excluded.peek() != Some(&item)
+            while self.excluded.next_if(|&excluded| excluded < place).is_some() {}
+            if self.excluded.peek() != Some(&place)
                 && let Some(score) = adjust(item, score)
             {
                 self.buffer.push(key(score, item));
@@ -75,8 +76,7 @@ impl<'a> Best<'a> {
         if self.buffer.len() > k {
             self.buffer.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
             self.buffer.truncate(k);
-            // A later item has a larger number, so it has to beat the K-th, not equal it.
-            self.threshold = score_of(self.buffer[k - 1]).next_up();
+            self.threshold = score_of(self.buffer[k - 1]);
         }
     }
 }
@@ -87,7 +87,7 @@ impl State for Best<'_> {
     }
 
     fn start(&mut self, _query: &[f32], _kernel: &Kernel) {
-        self.buffer.reserve_exact(Self::capacity(self.items.len()));
+        self.buffer.reserve_exact(Self::capacity(self.items.len()).min(1 << 12)); // longer lists grow
     }
 
     fn offer(&mut self, hits: Hits) {
@@ -109,20 +109,16 @@ impl State for Best<'_> {
 
 /// The first `k` items of every user by inner product, into `items` and `scores` `[U, k]`.
 pub fn topk(
-    users: &Vectors,
-    catalogue: &Vectors,
-    excluded: CsrView,
-    k: usize,
-    items: &mut [i32],
-    scores: &mut [f32],
+    users: &Vectors, catalogue: &Vectors, excluded: CsrView, k: usize, items: &mut [i32], scores: &mut [f32],
 ) -> Result<()> {
     excluded.expect_rows(users.len)?;
     check_product(users, catalogue)?;
+    let order = Order::by_popularity(excluded);
     let slots = items.chunks_mut(k.max(1)).zip(scores.chunks_mut(k.max(1)));
-    let states = slots
-        .enumerate()
-        .map(|(user, (items, scores))| Ok(Best::new(excluded.row(user)?, f32::NEG_INFINITY, items, scores)));
-    scan(users, catalogue, &natural_order(catalogue.len), Best::bytes(k), states)
+    let states = slots.enumerate().map(|(user, (items, scores))| {
+        Ok(Best::new(order.places(excluded.row(user)?), f32::NEG_INFINITY, items, scores))
+    });
+    scan(users, catalogue, &order, Best::bytes(k), states)
 }
 
 /// The same from given scores `[U, I]` of any model; `-inf` means never.
@@ -140,34 +136,15 @@ pub fn topk_scores(matrix: &[f32], excluded: CsrView, k: usize, items: &mut [i32
     }
     let slots = items.par_chunks_mut(k).zip(scores.par_chunks_mut(k));
     threads::first_error(slots.enumerate().map(|(user, (items, scores))| {
-        let mut best = Best::new(excluded.row(user)?, f32::MIN, items, scores);
+        let mut best = Best::new(excluded.row(user)?.to_vec(), f32::MIN, items, scores);
         for (at, scores) in row(user)?.chunks(64).enumerate() {
             let threshold = best.threshold;
             let hits = scores.iter().zip(64 * at as i32..).filter(|(score, _)| **score >= threshold);
-            best.take(hits.map(|(&score, item)| (item, score)), |_, score| Some(score));
+            best.take(hits.map(|(&score, item)| (item, item, score)), |_, score| Some(score));
         }
         best.finish();
         Ok(())
     }))
-}
-
-/// Items as they are numbered.
-pub fn natural_order(n_items: usize) -> Vec<i32> {
-    (0..n_items as i32).collect()
-}
-
-/// Items by how often they are excluded (that is, known), the most popular first: models like
-/// them, so held-out items that will be beaten K times are beaten early.
-fn by_popularity(excluded: CsrView) -> Vec<i32> {
-    let mut count = vec![0u32; excluded.n_cols];
-    for &item in excluded.items() {
-        if let Some(n) = count.get_mut(item as usize) {
-            *n += 1;
-        }
-    }
-    let mut order = natural_order(excluded.n_cols);
-    order.sort_by_key(|&item| std::cmp::Reverse(count[item as usize]));
-    order
 }
 
 /// Finite vectors whose product cannot leave the range of `f32` give no NaN and no infinity:
@@ -221,7 +198,7 @@ impl State for Ranks<'_> {
 
     fn offer(&mut self, hits: Hits) {
         let mut left = false;
-        for (item, score) in hits {
+        for (_, item, score) in hits {
             if self.excluded.binary_search(&item).is_ok() {
                 continue;
             }
@@ -255,12 +232,7 @@ impl Ranks<'_> {
 /// The 1-based rank of every held-out item in its user's ranking, 0 where it is beyond `k` or
 /// excluded; `ranks` lies as the indices of `held_out` do.
 pub fn test_ranks(
-    users: &Vectors,
-    catalogue: &Vectors,
-    excluded: CsrView,
-    held_out: CsrView,
-    k: usize,
-    ranks: &mut [i32],
+    users: &Vectors, catalogue: &Vectors, excluded: CsrView, held_out: CsrView, k: usize, ranks: &mut [i32],
 ) -> Result<()> {
     excluded.expect_rows(users.len)?;
     held_out.expect_rows(users.len)?;
@@ -274,7 +246,7 @@ pub fn test_ranks(
         let racing = Vec::with_capacity(held_out.len());
         Ok(Ranks { excluded, catalogue, held_out, k, racing, threshold: f32::INFINITY, ranks })
     });
-    scan(users, catalogue, &by_popularity(excluded), 64, states)
+    scan(users, catalogue, &Order::by_popularity(excluded), 64, states)
 }
 
 #[cfg(test)]

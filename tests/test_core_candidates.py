@@ -68,9 +68,9 @@ def test_one_free_item_of_ten_thousand_is_found_at_once():
     """Case B02."""
     indices = np.delete(np.arange(10_000, dtype=np.int32), 4321)
     args = np.array([0, 9999], np.int64), indices, 10_000, np.zeros(1, np.int32), 1000, 3
-    start = time.perf_counter()
+    start = time.process_time()
     assert np.all(_core.sample_uniform(*args) == 4321)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_popularity_follows_the_exponent():
