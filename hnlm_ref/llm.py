@@ -270,6 +270,36 @@ def embed(llm: Any, batch: Batch, soft: Tensor | None = None, pooling: str = "la
     return total / torch.bincount(pair).unsqueeze(1)
 
 
+class Head(nn.Module):
+    """From h to the space of the targets: each coordinate of h standardised, then a linear map.
+
+    Hidden states of one model are nearly parallel: what tells two prompts apart is small beside what all have in
+    common, so the common part is taken out first.
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, d_llm: int, d_out: int):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(d_llm))
+        self.register_buffer("spread", torch.ones(d_llm))
+        self.linear = nn.Linear(d_llm, d_out)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear((h - self.center) / self.spread)
+
+    @torch.no_grad()
+    def solve(self, h: Tensor, wanted: Tensor, ridge: float = 0.3) -> None:
+        """Standardise by h [B, d_llm] and put the map at the ridge regression of `wanted` [B, d_out]."""
+        self.center.copy_(h.mean(0))
+        self.spread.copy_(h.std(0) + 1e-6)
+        x, mean = (h - self.center) / self.spread, wanted.mean(0)
+        gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
+        self.linear.weight.copy_(torch.linalg.solve(gram, x.T @ (wanted - mean)).T)
+        self.linear.bias.copy_(mean)
+
+
 class NegativeModel(nn.Module):
     """The LM with what tuning adds: LoRA, a projection of c_u and c_i to one soft token each, and an output head.
 
@@ -280,7 +310,7 @@ class NegativeModel(nn.Module):
 
     cf_user: Tensor
     cf_item: Tensor
-    head: nn.Sequential
+    head: "Head"
 
     def __init__(self, llm: Any, cf_user: np.ndarray, cf_item: np.ndarray, d_out: int):
         super().__init__()
@@ -295,7 +325,7 @@ class NegativeModel(nn.Module):
         for projection in (self.user_projection, self.item_projection):
             nn.init.normal_(projection.weight, std=scale)
             nn.init.zeros_(projection.bias)
-        self.head = nn.Sequential(nn.LayerNorm(d_llm, elementwise_affine=False), nn.Linear(d_llm, d_out))
+        self.head = Head(d_llm, d_out)
         self.to(device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -307,23 +337,13 @@ class NegativeModel(nn.Module):
         h = embed(self.llm, batch, torch.where(is_user, of_user, of_item))
         return h, self.head(h)
 
-    @torch.no_grad()
-    def solve_head(self, h: Tensor, wanted: Tensor, ridge: float = 0.3) -> None:
-        """Set the head to the ridge regression of `wanted` [B, d_out] on h [B, d_llm]."""
-        x = nn.functional.pad(self.head[0](h), (0, 1), value=1.0)  # [B, d_llm + 1], the last column for the bias
-        gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
-        solved = torch.linalg.solve(gram, x.T @ wanted)  # [d_llm + 1, d_out]
-        linear = self.head[1]
-        linear.weight.copy_(solved[:-1].T)
-        linear.bias.copy_(solved[-1])
-
     def save(self, folder: Path) -> None:
         """adapter/ as PEFT writes it, and projections.safetensors: soft tokens and head."""
         self.llm.save_pretrained(folder / "adapter", save_embedding_layers=False)  # "auto" would ask the hub (D14)
         config = load_json(folder / "adapter" / "adapter_config.json")
         config["target_modules"].sort()  # a set in PEFT: its order changes from process to process
         save_json(folder / "adapter" / "adapter_config.json", config)
-        own = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters() if "llm." not in name}
+        own = {name: t.cpu().contiguous() for name, t in self.state_dict().items() if not name.startswith("llm.")}
         save_file(own, folder / "projections.safetensors")
 
 
@@ -331,7 +351,7 @@ def load_negative_model(llm: Any, folder: Path, cf_user: np.ndarray, cf_item: np
     """The tuned model of a finished sft/ folder, on the untuned `llm` it was made from."""
     llm = load_lora(llm, folder / "adapter")
     own = load_file(folder / "projections.safetensors")
-    model = NegativeModel(llm, cf_user, cf_item, len(own["head.1.bias"]))
+    model = NegativeModel(llm, cf_user, cf_item, len(own["head.linear.bias"]))
     _, unexpected = model.load_state_dict(own, strict=False)
     assert not unexpected
     return model.eval()
@@ -340,7 +360,7 @@ def load_negative_model(llm: Any, folder: Path, cf_user: np.ndarray, cf_item: np
 @torch.inference_mode()
 def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
     """head(h) of stored vectors, float [N, d_llm] -> float32 [N, d_out]."""
-    device = model.head[1].weight.device
+    device = model.cf_user.device
     return np.concatenate(
         [model.head(torch.from_numpy(h[s : s + 4096]).float().to(device)).cpu().numpy() for s in range(0, len(h), 4096)]
     )

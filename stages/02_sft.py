@@ -46,13 +46,13 @@ class SftConfig:
     guard_threshold: float | None = knob(None, "do not mine items this many deviations too similar to the user's own")
     target: str = knob("cf", "p and n of the triplet: warm-up vectors or text vectors of the items", ("cf", "text"))
     # optimisation
-    lr: float = knob(3e-4, "learning rate of LoRA", low=0)
-    lr_new: float = knob(3e-3, "learning rate of soft tokens and head, which start from nothing", low=0)
+    lr: float = knob(2e-4, "learning rate of LoRA", low=0)
+    lr_new: float = knob(5e-4, "learning rate of soft tokens and head", low=0)
     temperature: float = knob(0.05, "temperature of the in-batch loss (tau)", low=1e-6)
     own_weight: float = knob(1.0, "extra weight of a triplet's own negative among the in-batch ones", low=0)
     catalogue_weight: float = knob(0.5, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
     catalogue_temperature: float = knob(0.1, "temperature of that softmax", low=1e-6)
-    probe_users: int = knob(64, "users from whose triplets the head is solved before tuning; 0: random head", low=0)
+    probe_users: int = knob(64, "users from whose pairs the head is solved before tuning", low=1)
     n_epochs: int = knob(1, "passes over the triplets", low=1)
     batch_size: int = knob(4, "users per forward pass", low=1)
     grad_accum: int = knob(1, "forward passes per optimiser step", low=1)
@@ -186,14 +186,14 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if checkpoint.exists():
         state, best = llm.load_checkpoint(checkpoint, trainable, optimiser)
         say(f"[sft] going on after step {state['step']} of {n_steps}")
-    elif cfg.probe_users:
+    else:
         # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
         # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
         with torch.inference_mode():
             model.eval()
             h, _, _, i, j = (torch.cat(x) for x in zip(*map(read, chunks(users[: cfg.probe_users])), strict=True))
         unit = torch.nn.functional.normalize(targets, dim=1)
-        model.solve_head(h, torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i])
+        model.head.solve(h, torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i])
     if not state["log"]:
         state["log"].append({"step": 0, **look()})
         say(f"[sft] {state['log'][-1]}")

@@ -163,8 +163,8 @@ def test_a_saved_model_gives_its_vectors_again_in_a_new_process_and_in_plain_pef
     assert (tuned - untuned).abs().max() > 1e-3
     # case D07: another process, from the files alone
     script = (
-        "import sys, numpy as np, torch; sys.path.insert(0, sys.argv[2]); import test_llm as t; from pathlib import Path\n"
-        "from hnlm_ref import llm\n"
+        "import sys, numpy as np, torch; sys.path.insert(0, sys.argv[2]); import test_llm as t\n"
+        "from pathlib import Path; from hnlm_ref import llm\n"
         "fresh = t.negative_model(); cf = fresh.cf_user.numpy(), fresh.cf_item.numpy()\n"
         "base, _ = llm.load_llm('tiny', 'cpu'); model = llm.load_negative_model(base, Path(sys.argv[1]), *cf)\n"
         "with torch.no_grad(): np.save(sys.argv[1] + '/again.npy', torch.cat(model(t.query_batch()), 1).numpy())\n"
@@ -211,14 +211,13 @@ def test_recomputing_activations_changes_no_gradient_and_reaches_every_layer():
 
 
 def test_ridge_puts_the_head_where_least_squares_does():
-    model, generator = negative_model(n_out=2), torch.Generator().manual_seed(0)
-    h = torch.randn(400, 32, generator=generator)
-    x = torch.nn.functional.layer_norm(h, (32,))
-    targets = torch.nn.functional.normalize(x[:, :2] + 0.5, dim=1)
-    model.solve_head(h, targets * 7, ridge=1e-6)
-    with_bias = torch.cat([x, torch.ones(400, 1)], 1)
-    expected = with_bias @ torch.linalg.lstsq(with_bias, targets, driver="gelsd").solution
-    torch.testing.assert_close(model.head(h), expected, atol=1e-3, rtol=0)
+    head, generator = llm.Head(6, 2), torch.Generator().manual_seed(0)
+    h = torch.randn(400, 6, generator=generator) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 7
+    wanted = h[:, :2] @ torch.tensor([[1.0, 2], [3, 4]]) + 0.5
+    head.solve(h, wanted, ridge=0.0)
+    torch.testing.assert_close(head(h), wanted, atol=1e-3, rtol=0)
+    head.solve(h, wanted, ridge=1e9)  # all shrinks away but the mean
+    torch.testing.assert_close(head(h), wanted.mean(0).expand(400, 2), atol=1e-3, rtol=0)
 
 
 def test_whitened_directions_have_variance_one_and_no_correlation():
@@ -253,7 +252,7 @@ def test_a_model_folder_loads_offline_without_a_pad_token_and_says_its_size(tmp_
     assert tokenizer.pad_token_id == model.config.pad_token_id == 1  # case D05
     assert not any(p.requires_grad for p in model.parameters())
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         llm.load_llm(str(tmp_path), "cpu")
 
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from hnlm_ref import losses
 from hnlm_ref.artifacts import Csr, Prep, load_json, load_jsonl, load_npy
+from hnlm_ref.cli import load_stage, stage_file
+from hnlm_ref.console import UserError
 from hnlm_ref.negatives import choose_pairs, mine_triplets, quality
 
 
@@ -123,18 +125,18 @@ def test_quality_figures_are_those_counted_by_hand():
 
 # ---- the stage ----------------------------------------------------------------------------------------------------
 
-STAGE = [sys.executable, str(ROOT / "stages" / "02_sft.py"), "--preset", "toy", "--n-threads", "1"]
 
-
-def start(run, *words, stage=STAGE):
+def start(stage, run, *words):
+    """The stage in a process of its own, to be killed."""
+    line = [sys.executable, stage_file(stage), "--preset", "toy", "--n-threads", 1, "--run-dir", run, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [*stage, "--run-dir", str(run), *map(str, words)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process):
-    _, err = process.communicate()
-    return process.returncode, err
+def run_stage(stage, run, *words):
+    """The stage in this process; raises UserError as it would print it."""
+    words = ["--preset", "toy", "--n-threads", "1", "--run-dir", run, *words]
+    load_stage(stage).main(list(map(str, words)), standalone_mode=False)
 
 
 def with_prep(toy_run, folder):
@@ -150,23 +152,22 @@ def hashes(folder):
 def undisturbed(toy_run, tmp_path_factory):
     """Two epochs without a break, looking at every second step."""
     run = with_prep(toy_run, tmp_path_factory.mktemp("sft"))
-    code, err = finish(start(run, "--n-epochs", 2, "--eval-every", 2, "--patience", 99))
-    assert code == 0, err
+    run_stage("sft", run, "--n-epochs", 2, "--eval-every", 2, "--patience", 99)
     return run
 
 
-def test_a_killed_tuning_goes_on_to_the_same_bytes(undisturbed, toy_run, tmp_path):
+def test_a_killed_tuning_goes_on_to_the_same_bytes(undisturbed, toy_run, tmp_path, capsys):
     run = with_prep(toy_run, tmp_path)
     words = ("--n-epochs", 2, "--eval-every", 2, "--patience", 99)
-    process = start(run, *words)
+    process = start("sft", run, *words)
     while not (run / ".sft.partial" / "checkpoint.safetensors").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "sft").exists()
-    code, err = finish(start(run, *words))
-    assert code == 0 and "going on after step" in err
+    run_stage("sft", run, *words)
+    assert "going on after step" in capsys.readouterr().err
     assert hashes(run / "sft") == hashes(undisturbed / "sft")  # case D11
 
 
@@ -197,5 +198,6 @@ def test_a_window_without_ranks_and_too_many_held_out_are_told(toy_run, tmp_path
         (("--held-out-users", 60), "lower held_out_users"),
         (("--model", "no/such/model"), "--model no/such/model"),
     ):
-        code, err = finish(start(run, *words))
-        assert code == 1 and message in err and "Traceback" not in err
+        with pytest.raises(UserError, match=message):
+            run_stage("sft", run, *words)
+        assert not (run / "sft").exists()

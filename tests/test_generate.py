@@ -1,0 +1,212 @@
+"""Stage 3: same vectors however they are computed, nothing lost, nothing made up."""
+
+import json
+import shutil
+import signal
+import threading
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from test_sft import hashes, run_stage
+from test_sft import start as start_stage
+
+from hnlm_ref import llm, profiles, prompts
+from hnlm_ref.artifacts import load_json, load_jsonl, load_npy
+from hnlm_ref.console import UserError
+
+generate, start = partial(run_stage, "generate"), partial(start_stage, "generate")
+
+
+def with_inputs(toy_run, folder):
+    for stage in ("prep", "sft"):
+        shutil.copytree(toy_run / stage, folder / stage)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(toy_run, tmp_path_factory):
+    run = with_inputs(toy_run, tmp_path_factory.mktemp("generate"))
+    generate(run, "--rows-per-shard", 7)
+    return run
+
+
+def test_every_training_pair_has_a_vector_of_its_own_and_matches_that_the_user_has_not_taken(made):
+    folder = made / "generate"
+    pairs, h, matches = (load_npy(folder / f"{name}.npy") for name in ("pairs", "embeddings", "matches"))
+    train = np.stack([np.repeat(np.arange(60), np.diff(load_npy(made / "prep" / "train.indptr.npy"))),
+                      load_npy(made / "prep" / "train.indices.npy")], axis=1)  # fmt: skip
+    assert pairs.tolist() == train.tolist() and pairs.dtype == np.int32
+    assert h.dtype == np.float16 and np.isfinite(h).all() and len(np.unique(h, axis=0)) == len(h)
+    taken = set(map(tuple, train.tolist()))
+    assert not any((u, j) in taken for (u, _), row in zip(pairs.tolist(), matches.tolist(), strict=True) for j in row)
+    assert not list(folder.glob("shard*"))
+
+
+def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made):
+    folder, sft = made / "generate", made / "sft"
+    own = llm.load_file(sft / "projections.safetensors")
+    h = load_npy(folder / "embeddings.npy").astype(np.float64)
+    h = (h - own["head.center"].numpy()) / own["head.spread"].numpy()
+    z = h @ own["head.linear.weight"].numpy().T + own["head.linear.bias"].numpy()
+    items = load_npy(folder / "item_vectors.npy").astype(np.float64)
+    cosine = (z / np.linalg.norm(z, axis=1, keepdims=True)) @ (items / np.linalg.norm(items, axis=1, keepdims=True)).T
+    matches, scores = load_npy(folder / "matches.npy"), load_npy(folder / "match_scores.npy")
+    pairs = load_npy(folder / "pairs.npy")
+    for u in np.unique(pairs[:, 0]):
+        mine = pairs[:, 0] == u
+        cosine[np.ix_(mine, pairs[mine, 1])] = -np.inf
+    np.testing.assert_allclose(np.take_along_axis(cosine, matches.astype(np.int64), 1), scores, atol=1e-5)
+    np.testing.assert_allclose(-np.sort(-cosine, axis=1)[:, : matches.shape[1]], scores, atol=1e-5)
+
+
+def test_a_killed_generation_reuses_its_shards_and_ends_in_the_same_bytes(made, toy_run, tmp_path):
+    run = with_inputs(toy_run, tmp_path)
+    process = start(run, "--rows-per-shard", 7)  # case D17
+    partial_folder = run / ".generate.partial"
+    while len(list(partial_folder.glob("shard*.npy"))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path.name: path.read_bytes() for path in partial_folder.glob("shard*.npy")}
+    assert 2 <= len(kept) < 9 and not (run / "generate").exists()
+    generate(run, "--rows-per-shard", 7)
+    assert hashes(run / "generate") == hashes(made / "generate")
+
+
+@pytest.mark.parametrize(
+    "words", [("--pairs-per-row", 1), ("--batch-size", 1), ("--batch-size", 64, "--rows-per-shard", 9)]
+)
+def test_vectors_do_not_depend_on_sharing_batches_or_shards(made, toy_run, tmp_path, words):
+    run = with_inputs(toy_run, tmp_path)
+    generate(run, *words)
+    one, other = (load_npy(r / "generate" / "embeddings.npy").astype(np.float32) for r in (made, run))
+    np.testing.assert_allclose(one, other, atol=1e-3, rtol=1e-3)  # float16 on disk
+    tokens, again = (load_json(r / "generate" / "manifest.json")["counts"]["tokens"] for r in (made, run))
+    assert again > 2 * tokens if "--pairs-per-row" in words else again == tokens
+
+
+def test_a_missing_adapter_ends_without_output(toy_run, tmp_path):
+    run = with_inputs(toy_run, tmp_path)
+    with pytest.raises(UserError, match="no PEFT adapter there"):
+        generate(run, "--sft-dir", "no/such/dir")  # case D08
+    assert not (run / "generate").exists()
+
+
+def test_a_vector_that_is_not_finite_stops_the_run_and_names_the_pair(toy_run, tmp_path):
+    run = with_inputs(toy_run, tmp_path)
+    file = run / "sft" / "cf_item.npy"
+    table = load_npy(file)
+    table[7] = np.nan
+    np.save(file, table)
+    with pytest.raises(UserError, match=r"user \d+ and item \d+ is not finite"):
+        generate(run)  # case D12
+    assert not (run / "generate").exists()
+
+
+# ---- questions and answers ----------------------------------------------------------------------------------------
+
+
+def said(title: str) -> str:
+    return json.dumps({prompts.NEGATIVE_KEY: title})
+
+
+def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path):
+    asked = []
+
+    def answer(questions):
+        for number, text in questions:
+            asked.append(number)
+            yield number, None if text == "u2" and asked.count(number) == 1 else said(text)
+
+    path, about = tmp_path / "texts.jsonl", [{"user": 1}, {"user": 2}]
+    replies = profiles.ask(["u1", "u2"], about, path, answer, prompts.NEGATIVE_KEY)
+    assert [(r.status, r.text) for r in replies] == [("ok", "u1"), ("failed", None)]  # case D20
+    # a killed run: two answers, one failed, one half-written line
+    part = tmp_path / "texts.jsonl.part"
+    part.write_text(
+        json.dumps({"number": 0, "status": "ok", "text": "kept", "raw": "r"})
+        + "\n"
+        + json.dumps({"number": 1, "status": "failed", "text": None, "raw": ""})
+        + '\n{"number": 2, "sta',
+        encoding="utf-8",
+    )
+    asked.clear()
+    asked.append(1)
+    replies = profiles.ask(["u1", "u2", "u3"], [*about, {"user": 3}], path, answer, prompts.NEGATIVE_KEY)
+    assert asked[1:] == [1, 2]
+    assert [(r.status, r.text) for r in replies] == [("ok", "kept"), ("ok", "u2"), ("ok", "u3")]
+    assert [(row["user"], row["text"]) for row in load_jsonl(path)] == [(1, "kept"), (2, "u2"), (3, "u3")]
+    assert not part.exists()
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers the n-th try of a question with what `plan` says: a status, or the text back."""
+
+    plan: dict = {}  # noqa: RUF012
+    seen: list = []  # noqa: RUF012
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][0]["content"]
+        Server.seen.append((text, body["max_tokens"], self.path))
+        steps = Server.plan.get(text, [])
+        status = steps[min([t for t, *_ in Server.seen].count(text), len(steps)) - 1] if steps else 200
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": said(text)}}]}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(profiles.time, "sleep", lambda _: None)
+    Server.plan, Server.seen = {}, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_address[1]}/v1"
+        http.shutdown()
+
+
+def test_a_server_is_asked_again_after_a_busy_answer_and_given_up_in_the_end(server, tmp_path):
+    Server.plan = {"b": [503, 429, 200], "c": [500]}
+    cfg = profiles.AskConfig(endpoint=server, concurrency=2, n_retries=2, max_new_tokens=9)
+    about = [{"user": n} for n in range(3)]
+    answer = partial(profiles.ask_server, cfg)
+    replies = profiles.ask(["a", "b", "c"], about, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY, ["A", "x", "x"])
+    assert [(r.status, r.text) for r in replies] == [("is_positive", None), ("ok", "b"), ("failed", None)]
+    assert sorted(text for text, *_ in Server.seen) == ["a", "b", "b", "b", "c", "c", "c"]
+    assert {(limit, path) for _, limit, path in Server.seen} == {(9, "/v1/chat/completions")}
+
+
+def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path):
+    Server.plan = {"a": [401]}
+    ask = partial(profiles.ask, ["a"], [{}], tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
+    with pytest.raises(UserError, match="refused the request: 401"):
+        ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint=server)))
+    with pytest.raises(UserError, match="is the server up"):
+        ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint="http://127.0.0.1:9/v1", n_retries=1)))
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_text_mode_keeps_only_pairs_with_an_answer_and_counts_the_rest(server, toy_run, tmp_path):
+    run = with_inputs(toy_run, tmp_path)
+    words = ("--mode", "text", "--endpoint", server, "--pairs-per-user", 1, "--match", "title")
+    generate(run, *words)
+    rows = load_jsonl(run / "generate" / "texts.jsonl")
+    assert len(rows) == 60 and all(set(row) == {"user", "item", "status", "text", "raw"} for row in rows)
+    counts = load_json(run / "generate" / "manifest.json")["counts"]
+    assert counts["statuses"] == {"ok": 60} and counts["pairs"] == 60
+    assert load_npy(run / "generate" / "embeddings.npy").shape == (60, 32)
+
+
+def test_text_mode_with_a_model_that_cannot_write_json_says_so_and_leaves_nothing(toy_run, tmp_path):
+    run = with_inputs(toy_run, tmp_path)
+    with pytest.raises(UserError, match=r"none of 60 answers names an item \({'bad': 60}\)"):
+        generate(run, "--mode", "text", "--pairs-per-user", 1, "--max-new-tokens", 4)
+    assert not (run / "generate").exists()
