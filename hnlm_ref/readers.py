@@ -95,7 +95,7 @@ FOLDERS = (
 
 # Where the size of a time betrays its unit: seconds reach 1e11 in the year 5138, milliseconds did in 1973.
 UNITS = {"order": (0, 1e8), "s": (1e8, 1e11), "ms": (1e11, 1e14), "us": (1e14, 1e17), "ns": (1e17, float("inf"))}
-DATES = ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.fZ", "%Y-%m-%dT%H:%M:%S%.f", "%m %d, %Y")
+DATES = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.fZ", "%Y-%m-%dT%H:%M:%S%.f", "%m %d, %Y")
 
 
 @dataclass(frozen=True)
@@ -195,15 +195,8 @@ def sniff(
             head += more
     if not head.strip():
         raise UserError(f"{path} is empty")
-    guessed = time_unit == "auto"
     if head.startswith(b"PK\x03\x04"):
         raise UserError(f"{path} is a zip archive; unpack it first")
-    if head.startswith(b"PAR1"):
-        first = next(_batches(pl.scan_parquet(path).head(1000), path), pl.DataFrame())
-        found = _roles(tuple(first.columns), columns, roles, path)
-        times = first[found["time"]].drop_nulls() if "time" in found else pl.Series([], dtype=pl.String)
-        unit = "date" if times.dtype.is_temporal() else _unit(times.cast(pl.String).to_list(), time_unit)
-        return Layout(path, "parquet", "parquet", found, unit=unit, guessed=guessed)
     given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     try:
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
@@ -215,9 +208,14 @@ def sniff(
     lines = [line for line in lines[: -1 if len(head) >= HEAD else None] if line.strip()] or [text]
     if lines[0].strip() == "{" or lines[0].startswith("["):
         raise UserError(f"{path} is one JSON value; write one object a line, as `jq -c '.[]'` does for a list")
+    if head.startswith(b"PAR1"):
+        kind = "parquet"
     kind = kind or ("json" if lines[0].lstrip().startswith("{") and not sep else "delimited")
     names: tuple[str, ...]
-    if kind == "json":
+    if kind == "parquet":
+        first = next(_batches(pl.scan_parquet(path).head(1000), path), pl.DataFrame())
+        names, records, header, sep, encoding = tuple(first.columns), first.to_dicts(), True, "", "utf-8"
+    elif kind == "json":
         records = [record for line in lines[:200] if (record := _record(line)) is not None]
         names, header, sep = tuple(dict.fromkeys(key for record in records for key in record)), True, ""
     else:
@@ -239,7 +237,8 @@ def sniff(
         columns = [f"{role}={n + 1}" for n, role in enumerate(order[: len(names)])]
     found = _roles(names, columns, roles, path)
     quoted = sep in (",", ";") or (sep == "\t" and re.search(r'(^|\t)"[^\t\n]*"(\t|\r?$)', text, re.M))
-    unit = _unit([str(r.get(found["time"], "")) for r in records[:1000]], time_unit) if "time" in found else None
+    guessed = time_unit == "auto"
+    unit = _unit([str(r.get(found["time"], "")) for r in records], time_unit) if "time" in found else None
     if "history" in found or "line" in found:  # lines that are all sorted by item tell no order in time
         chains = [line.split()[1:] for line in lines]
         unit = None if all(c in (sorted(c), sorted(c, key=_as_number)) for c in chains) and guessed else "order"
@@ -301,6 +300,8 @@ def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...
         if column and column not in names:
             raise UserError(f"{path} has no column {column!r} for {role}; it has {', '.join(names)[:300]}")
         found = {r: c for r, c in found.items() if r != role} | ({role: column} if column else {})
+    if twice := [r for r, c in found.items() if list(found.values()).count(c) > 1]:
+        raise UserError(f"{path}: {found[twice[0]]!r} stands for {' and '.join(twice)}; drop one, as in {twice[-1]}=")
     either = {"user": {"user", "line"}, "item": {"item", "line", "history"}}
     lacking = [role for role, any_of in either.items() if role in roles and not any_of & set(found)]
     if lacking:
@@ -322,7 +323,7 @@ def _recognise(kind: str, sep: str, header: bool, names: tuple[str, ...], line: 
         asin_first = re.match(r"[B\d][\dA-Z]{9},A[\dA-Z]{9,},", line)
         if set(f.columns) <= set(names) if header else len(names) == len(f.columns) and (sep != "," or asin_first):
             return name
-    return "json" if kind == "json" else "tsv" if sep == "\t" else "csv"
+    return kind if kind != "delimited" else "tsv" if sep == "\t" else "csv"
 
 
 def _unit(samples: list[str], time_unit: str) -> str | None:
@@ -346,9 +347,14 @@ def _date(text: pl.Expr) -> pl.Expr:
     return pl.coalesce(parsed).dt.timestamp("us") / 1e6
 
 
-def _blocks(layout: Layout) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, UTF-8 bytes of whole records), without byte order mark and header."""
+def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]]:
+    """(number of the first line, UTF-8 bytes of whole records), without byte order mark and header; frames of Parquet."""
     line, rest, path = 1, b"", layout.path
+    if layout.kind == "parquet":
+        for frame in _batches(pl.scan_parquet(path).select(columns.values()), path):
+            yield line, frame
+            line += len(frame)
+        return
     decoder = None if layout.encoding.lower() in ("utf-8", "utf8") else codecs.getincrementaldecoder(layout.encoding)()
     with _open(path)[0] as file:
         while True:
@@ -371,8 +377,10 @@ def _blocks(layout: Layout) -> Iterator[tuple[int, bytes]]:
                 return
 
 
-def _parse(data: bytes, layout: Layout, columns: list[str]) -> pl.DataFrame:
+def _parse(data: Any, layout: Layout, columns: list[str]) -> pl.DataFrame:
     """The wanted columns of a block as text, by Polars. Raises PolarsError where the block needs a closer look."""
+    if layout.kind == "parquet":
+        return data
     if layout.kind == "json":
         return pl.read_ndjson(data, schema=dict.fromkeys(columns, pl.String))
     if b"\0" in data:
@@ -387,8 +395,10 @@ def _parse(data: bytes, layout: Layout, columns: list[str]) -> pl.DataFrame:
     return frame.select(columns).filter(~pl.all_horizontal(pl.all().is_null()))  # blank lines
 
 
-def _walk(data: bytes, layout: Layout, columns: list[str], line: int, bad: Bad) -> tuple[pl.DataFrame, list[int]]:
+def _walk(data: Any, layout: Layout, columns: list[str], line: int, bad: Bad) -> tuple[pl.DataFrame, list[int]]:
     """The same in Python, record by record: frame and line of each row. What is no record goes to `bad`."""
+    if layout.kind == "parquet":
+        return data, list(range(line, line + len(data)))
     raw, at = data.split(b"\n"), 0
     rows: list[list[str | None]] = []
     lines: list[int] = []
@@ -434,15 +444,8 @@ def _batches(query: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
 def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> Iterator[pl.DataFrame]:
     """Frames of the roles, put through `check`, whose column `why` tells bad rows."""
     columns = {role: column for role, column in layout.columns.items() if role in roles}
-    if layout.kind == "parquet":
-        row = 1
-        for frame in _batches(pl.scan_parquet(layout.path).select(**columns), layout.path):
-            yield _good(check(frame), range(row, row + len(frame)), layout, bad)
-            row += len(frame)
-        return
     names, renamed = list(columns.values()), {column: role for role, column in columns.items()}
-    for line, data in _blocks(layout):
-        lines: list[int] = []
+    for line, data in _blocks(layout, columns):
         try:
             frame = check(_parse(data, layout, names).rename(renamed))
             if frame["why"].null_count() < len(frame):
@@ -450,14 +453,8 @@ def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> 
         except (pl.exceptions.PolarsError, OSError):  # OSError: Polars takes a block that begins like gzip for gzip
             frame, lines = _walk(data, layout, names, line, bad)
             frame = check(frame.rename(renamed))
-        yield _good(frame, lines, layout, bad)
-
-
-def _good(frame: pl.DataFrame, lines: Iterable[int], layout: Layout, bad: Bad) -> pl.DataFrame:
-    """The rows with nothing wrong; the others go to `bad`."""
-    if frame["why"].null_count() < len(frame):
-        bad.add(layout.path, [(n, why) for n, why in zip(lines, frame["why"], strict=True) if why])
-    return frame.filter(pl.col("why").is_null()).drop("why")
+            bad.add(layout.path, [(n, why) for n, why in zip(lines, frame["why"], strict=True) if why])
+        yield frame.filter(pl.col("why").is_null()).drop("why")
 
 
 def frames(layout: Layout, bad: Bad, text: bool = False) -> Iterator[pl.DataFrame]:

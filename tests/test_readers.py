@@ -242,6 +242,7 @@ def test_bad_rows_are_skipped_counted_and_listed_when_asked_for(tmp_path):
         ({"format": "amazon-2015"}, r"no format 'amazon-2015'; did you mean 'amazon-2014|no format .*did you mean"),
         ({"columns": ("user=who",)}, r"no column 'who' for user; it has user_id, item_id, rating, timestamp"),
         ({"columns": ("usr=user_id",)}, r"write role=column; did you mean 'user'"),
+        ({"columns": ("user=item_id",)}, r"'item_id' stands for item and user; drop one"),
         ({"encoding": "latin-99"}, r"unknown encoding: latin-99"),
         ({"date_from": "yesterday"}, r"'yesterday' cannot be compared"),
         ({"items": "nowhere.csv"}, r"nowhere.csv: no such file"),
