@@ -348,7 +348,7 @@ def _date(text: pl.Expr) -> pl.Expr:
 
 
 def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]]:
-    """(number of the first line, UTF-8 bytes of whole records), without byte order mark and header; frames of Parquet."""
+    """(number of the first line, UTF-8 bytes of whole records without mark and header); of Parquet frames."""
     line, rest, path = 1, b"", layout.path
     if layout.kind == "parquet":
         for frame in _batches(pl.scan_parquet(path).select(columns.values()), path):
