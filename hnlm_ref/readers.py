@@ -64,9 +64,7 @@ FORMATS = {
     "yelp": Format("json", columns=("user_id", "stars", "date")),
     "movielens-100k": Format("delimited", "\t", False, ("user", "item", "rating", "time")),
     "movielens-1m": Format("delimited", "::", False, ("user", "item", "rating", "time")),  # and 10m
-    "movielens": Format(
-        "delimited", ",", columns=("userId", "movieId", "rating", "timestamp")
-    ),  # latest, 20m and later
+    "movielens": Format("delimited", ",", columns=("userId", "movieId", "rating", "timestamp")),  # 20m and later
     "selfrec": Format("delimited", " ", False, ("user", "item", "rating")),
     "sequence": Format("delimited", "\n", False, ("line",)),  # user item item ...: LightGCN, S3-Rec
     "recbole": Format("delimited", "\t"),  # typed header, user_id:token
