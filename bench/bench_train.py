@@ -26,7 +26,7 @@ from hnlm_ref.artifacts import Run
 from hnlm_ref.cli import load_stage
 from hnlm_ref.samplers import Sampler, trainable_pairs
 
-N_EPOCHS = int(os.environ.get("HNLM_BENCH_EPOCHS", "4"))
+N_EPOCHS = int(os.environ.get("HNLM_BENCH_EPOCHS", "2"))
 BATCH = {"ml-100k": 2048, "toys": 4096}
 RECBOLE = importlib.util.find_spec("recbole") and importlib.util.find_spec("colorlog")
 
