@@ -160,7 +160,7 @@ def match_items(queries, items, users, indptr, indices, k, min_similarity=-1.0, 
     for name, table in (("queries", queries), ("items", items)):
         for row, vector in enumerate(table):
             if n_bad := int((~np.isfinite(vector)).sum()):
-                raise ValueError(f"{name}: row {row} has {n_bad} non-finite score{'s' * (n_bad > 1)}")
+                raise ValueError(f"{name}: row {row} has {n_bad} non-finite number{'s' * (n_bad > 1)}")
     q, v = _unit(queries), _unit(items)
     cosines = np.clip(_products(q, v), -1, 1)
     outside = (cosines < np.float32(min_similarity)) | (cosines > np.float32(max_similarity))

@@ -25,12 +25,7 @@ pub fn sample_uniform(csr: CsrView, users: &[i32], n_negatives: usize, seed: u64
             return Ok(());
         }
         let again = |word| below(word, n_items).map(|item| item as i32);
-        if owned.prefers_bits(out.len()) {
-            owned.mark();
-            run.replace(out, |item| owned.has_bit(item), again);
-        } else {
-            run.replace(out, |item| owned.has(item), again);
-        }
+        run.replace_owned(out, owned, again);
         Ok(())
     })
 }
@@ -53,12 +48,7 @@ pub fn sample_popularity(
         }
         out.iter_mut().zip(coins).for_each(|(slot, &mut coin)| *slot = table.item(*slot, coin));
         let again = |word| below(word, n_columns).map(|column| table.item(column as i32, word as u32));
-        if owned.prefers_bits(out.len()) {
-            owned.mark();
-            run.replace(out, |item| owned.has_bit(item), again);
-        } else {
-            run.replace(out, |item| owned.has(item), again);
-        }
+        run.replace_owned(out, owned, again);
         Ok(())
     })
 }
@@ -101,6 +91,18 @@ impl Run {
 
     fn draw_all(&self, out: &mut [i32], accept: impl Fn(u64) -> Option<i32>) {
         out.iter_mut().enumerate().for_each(|(slot, item)| *item = self.draw(slot, 0, &accept));
+    }
+
+    /// Tries again where the first try was a surplus word or an item of the user, found by the
+    /// cheaper of two ways.
+    fn replace_owned(&self, out: &mut [i32], owned: &mut Owned, again: impl Fn(u64) -> Option<i32>) {
+        // Marking the bits takes about as long as four searches of a row of four times their number.
+        if out.len() >= 4 && 4 * out.len() > owned.items.len() {
+            owned.mark();
+            self.replace(out, |item| owned.has_bit(item), again);
+        } else {
+            self.replace(out, |item| owned.has(item), again);
+        }
     }
 
     /// Tries again where the first try was a surplus word (-1) or an item that is `owned`. Eight
@@ -162,11 +164,6 @@ struct Owned<'a> {
 }
 
 impl Owned<'_> {
-    /// Marking the bits takes about as long as this many searches of a short row.
-    fn prefers_bits(&self, n_draws: usize) -> bool {
-        n_draws >= 4 && 4 * n_draws > self.items.len()
-    }
-
     fn mark(&mut self) {
         self.is_marked = true;
         self.items.iter().for_each(|&item| self.bits[item as usize / 64] |= 1 << (item % 64));

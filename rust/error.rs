@@ -39,8 +39,8 @@ impl fmt::Display for Error {
             }
             Self::Argument { name, found, expected } => write!(f, "{name} is {found}, expected {expected}"),
             Self::NonFinite { name, unit, row, count } => {
-                let plural = if *count == 1 { "" } else { "s" };
-                write!(f, "{name}: {unit} {row} has {count} non-finite score{plural}")
+                let what = if *unit == "user" { "score" } else { "number" };
+                write!(f, "{name}: {unit} {row} has {count} non-finite {what}{}", if *count == 1 { "" } else { "s" })
             }
             Self::Overflow { name, other } => write!(f, "{name} x {other} can leave the range of float32"),
             Self::NoFreeItem { user, seen, n_items } => {
