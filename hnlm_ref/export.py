@@ -11,7 +11,7 @@ from hnlm_ref import metrics
 from hnlm_ref.artifacts import atomic, load_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.knobs import unknown
-from hnlm_ref.report import View
+from hnlm_ref.view import View
 
 BLOCK = 4096  # users or rows at a time, so that memory does not grow with their number (but for npz)
 

@@ -134,14 +134,12 @@ def _blocks(sample: Callable[[int], np.ndarray], n_samples: int, width: int) -> 
 def share_interval(hits: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
     """A share sum(hits) / sum(drawn) and its 95 % interval, users being the independent units.
 
-    hits, drawn  float64 [U] per user, hits <= drawn
+    hits, drawn  float64 [U] per user, hits <= drawn, something drawn
     Wilson's interval for the effective number of draws: a user's draws resemble each other, so their number is divided
     by the design effect (variance over users against that of independent draws), at least 1. Wilson's stays honest
     where nothing was hit: 0 of 100 gives [0, 0.037].
     """
     n = drawn.sum()
-    if n == 0:
-        return float("nan"), float("nan"), float("nan")
     p, z = hits.sum() / n, 1.959964
     variance = ((hits - p * drawn) ** 2).sum() / n**2
     effect = max(1.0, variance / (p * (1 - p) / n)) if 0 < p < 1 else 1.0
@@ -152,11 +150,11 @@ def share_interval(hits: np.ndarray, drawn: np.ndarray) -> tuple[float, float, f
 
 
 def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of non-negative counts: 0 all equal, (n - 1) / n all on one; NaN for no counts at all.
+    """Gini coefficient of non-negative counts: 0 all equal (or all zero), (n - 1) / n all on one.
 
     >>> gini(np.array([0, 0, 0, 8])), gini(np.array([2, 2, 2, 2]))
     (0.75, 0.0)
     """
     n, total = len(counts), counts.sum()
     place = 2 * np.arange(1, n + 1) - n - 1
-    return float((place * np.sort(counts)).sum() / (n * total)) if total else float("nan")
+    return float((place * np.sort(counts)).sum() / (n * max(total, 1)))

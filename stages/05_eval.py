@@ -94,13 +94,11 @@ def describe_lists(items: np.ndarray, popularity: np.ndarray) -> dict[str, float
 def describe_negatives(pairs: np.ndarray, train: Csr, test: Csr, warm_up: tuple | None, n_threads: int) -> dict:
     """What (user, negative) pairs int32 [n, 2] were: spread, hardness, and how many are held-out positives.
 
-    Users with nothing held out are left out. chance: the expected share for uniform draws from what the user did not
-    train on, |T_u| / (I - |train_u|). A negative's percentile is the share of those items that the warm-up recommender
-    scores below it.
+    chance: the expected share for uniform draws from what the user did not train on, |T_u| / (I - |train_u|). A
+    negative's percentile is the share of those items that the warm-up recommender scores below it.
     """
     from hnlm_ref import _core, metrics
 
-    pairs = pairs[test.degrees()[pairs[:, 0]] > 0]
     to_cell = np.array([test.n_cols, 1], np.int64)
     false = np.isin(pairs @ to_cell, test.pairs() @ to_cell)
     drawn, free = np.bincount(pairs[:, 0], minlength=test.n_rows), test.n_cols - train.degrees()
@@ -108,12 +106,12 @@ def describe_negatives(pairs: np.ndarray, train: Csr, test: Csr, warm_up: tuple 
     told = {
         "n": len(pairs),
         "distinct_items": int((used > 0).sum()),
-        "top_item_share": float(used.max() / max(len(pairs), 1)),
+        "top_item_share": float(used.max() / len(pairs)),
         "false": metrics.share_interval(np.bincount(pairs[:, 0], false, test.n_rows), drawn.astype(float)),
-        "chance": float((drawn * test.degrees() / np.maximum(free, 1)).sum() / max(len(pairs), 1)),
+        "chance": float((drawn * test.degrees() / np.maximum(free, 1)).sum() / len(pairs)),
         "percentile": None,
     }
-    if warm_up and len(pairs):
+    if warm_up:
         distinct, repeats = np.unique(pairs, axis=0, return_counts=True)  # in the order of a Csr's pairs
         asked = Csr.from_pairs(*distinct.T, *(test.n_rows, test.n_cols))
         indices = (train.indptr, train.indices, asked.indptr, asked.indices)
@@ -125,10 +123,15 @@ def describe_negatives(pairs: np.ndarray, train: Csr, test: Csr, warm_up: tuple 
 
 def main(cfg: EvalConfig, run: Run) -> dict:
     from hnlm_ref import _core, metrics, report
+    from hnlm_ref.view import View
 
     # What is found again: the test items. What can never be recommended: training and validation items (case C16).
     prep, test = run.prep(), run.test()
     users = np.flatnonzero(test.degrees() > 0)
+    if not len(users):
+        raise UserError(
+            f"{run.dir / 'prep'} holds no test items: nothing to evaluate; run prep with a test_ratio above 0"
+        )
     n_without = prep.n_users - len(users)
     subset = cfg.n_users if cfg.n_users is not None and cfg.n_users < len(users) else None
     if subset:
@@ -183,7 +186,10 @@ def main(cfg: EvalConfig, run: Run) -> dict:
         rows = np.repeat(pairs[:, 0], matched.sum(1))
         negatives["generated"] = [np.stack([rows, matches[matched]], axis=1)]
     for source, drawn in negatives.items():
-        found[source] = describe_negatives(np.concatenate(drawn), prep.train, test, warm_up, run.n_threads)
+        drawn = np.concatenate(drawn)
+        drawn = drawn[test.degrees()[drawn[:, 0]] > 0]  # users with something held out
+        if len(drawn):
+            found[source] = describe_negatives(drawn, prep.train, test, warm_up, run.n_threads)
 
     save_json(
         run.out / "metrics.json",
@@ -200,7 +206,7 @@ def main(cfg: EvalConfig, run: Run) -> dict:
             "generated": generated,
         },
     )
-    view = report.View(run.dir, run.out, test)
+    view = View(run.dir, run.out, test)
     save_json(
         run.out / "comparisons.json",
         [c for metric in ("recall", "ndcg") for c in report.compare([view], f"{metric}@{k}")],

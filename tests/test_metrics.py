@@ -137,16 +137,16 @@ def by_hand(ranking: list[int], held_out: set[int], k: int) -> dict[str, float]:
 
 
 def random_rankings():
-    """60 users, 50 items, no ties; scores, held-out sets."""
+    """30 users, 50 items, no ties; scores, held-out sets."""
     rng = np.random.default_rng(1)
-    scores = rng.permuted(np.tile(np.arange(50), (60, 1)), axis=1).astype(np.float32)
-    return scores, [sorted(rng.choice(50, rng.integers(1, 15), replace=False).tolist()) for _ in range(60)]
+    scores = rng.permuted(np.tile(np.arange(50), (30, 1)), axis=1).astype(np.float32)
+    return scores, [sorted(rng.choice(50, rng.integers(1, 15), replace=False).tolist()) for _ in range(30)]
 
 
 def test_every_metric_equals_a_plain_loop_on_random_rankings():
     scores, held_out = random_rankings()
-    found, _ = score_metrics(scores, [[]] * 60, held_out, [1, 7, 20])
-    for user in range(60):
+    found, _ = score_metrics(scores, [[]] * 30, held_out, [1, 7, 20])
+    for user in range(30):
         for k in (1, 7, 20):
             for name, value in by_hand(np.argsort(-scores[user]).tolist(), set(held_out[user]), k).items():
                 assert found[f"{name}@{k}"][user] == pytest.approx(value, abs=1e-12)
@@ -169,7 +169,7 @@ def test_every_metric_equals_ranx():
     pytest.importorskip("ranx", reason="ranx is not installed; pip install ranx")
     scores, held_out = random_rankings()
     ks = [1, 7, 20]
-    found, _ = score_metrics(scores, [[]] * 60, held_out, ks)
+    found, _ = score_metrics(scores, [[]] * 30, held_out, ks)
     judge = subprocess.run(
         [sys.executable, "-c", RANX],
         input=json.dumps({"held_out": held_out, "scores": scores.tolist(), "ks": ks}),
@@ -301,4 +301,4 @@ def test_draws_of_one_user_that_agree_count_as_one():
 
 def test_gini_is_zero_for_equal_counts_and_near_one_for_a_single_item():
     assert metrics.gini(np.array([2, 2, 2, 2])) == 0 and metrics.gini(np.array([0, 0, 0, 8])) == 0.75
-    assert metrics.gini(np.array([1, 3])) == 0.25 and np.isnan(metrics.gini(np.zeros(3)))
+    assert metrics.gini(np.array([1, 3])) == 0.25 and metrics.gini(np.zeros(3)) == 0

@@ -8,8 +8,10 @@ import shutil
 import pytest
 
 from hnlm_ref import pictures
-from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_jsonl
-from hnlm_ref.report import View, lay_out, table, write
+from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json, save_jsonl
+from hnlm_ref.console import UserError
+from hnlm_ref.report import lay_out, mean_and_spread, table, write
+from hnlm_ref.view import View, open_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = '</script><script>document.title = "hacked"</script> & "quotes"'
@@ -30,9 +32,7 @@ def marked_run(toy_run, tmp_path_factory):
 
 def test_the_table_gives_mean_and_sample_deviation_over_seeds():
     """0.1 and 0.3: mean 0.2, sample standard deviation 0.1414."""
-    from hnlm_ref.report import spread_of
-
-    assert spread_of([0.1, 0.3]) == "0.2000 ±0.1414" and spread_of([0.25]) == "0.2500"
+    assert mean_and_spread([0.1, 0.3]) == "0.2000 ±0.1414" and mean_and_spread([0.25]) == "0.2500"
     assert lay_out([["a", "bb"], ["ccc", "d"]]) == "a    bb\nccc  d"
 
 
@@ -105,13 +105,17 @@ def test_the_page_needs_no_other_file_and_is_the_same_when_written_again(marked_
     assert len(ids) == len(set(ids))
 
 
-def test_runs_of_other_users_stand_side_by_side_without_a_paired_test(toy_run, tmp_path):
+def test_runs_of_other_users_stand_side_by_side_without_a_paired_test(toy_run, tmp_path, cli):
     other = shutil.copytree(toy_run, tmp_path / "other")
     users = load_jsonl(other / "prep" / "users.jsonl")
     save_jsonl(other / "prep" / "users.jsonl", ({**user, "key": f"x{user['key']}"} for user in users))
-    write([View(toy_run), View(other)], tmp_path / "page.html")
+    assert cli("report", toy_run, other, "--out", tmp_path / "page.html").stdout.strip() == str(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("not comparable: other users") == 3 and "other: hnlm" in page
+    told = load_json(other / "eval" / "metrics.json")
+    save_json(other / "eval" / "metrics.json", {**told, "k": [5]})
+    with pytest.raises(UserError, match=r"evaluated with different K .*10,20.*5"):
+        open_runs([toy_run, other])
 
 
 def test_a_picture_takes_its_colours_from_the_page_and_tells_its_numbers():
@@ -138,7 +142,7 @@ def browser():
 @pytest.fixture(scope="module")
 def file(marked_run, toy_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write([View(marked_run), View(toy_run)], path)
+    write(open_runs([marked_run, toy_run]), path)
     return path
 
 
