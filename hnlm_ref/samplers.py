@@ -40,7 +40,8 @@ def pick_hardest(scores: Tensor) -> Tensor:
 def pick_among_top(scores: Tensor, n_top: int) -> Tensor:
     """DNS(M, N) (Shi et al., WWW 2023): one of the N highest scores, each equally likely; [..., M] -> [...]."""
     order = scores.argsort(dim=-1, descending=True, stable=True)  # [..., M]
-    place = torch.randint(n_top, scores.shape[:-1], device=scores.device)
+    n_kept = (scores > -torch.inf).sum(-1).clamp(max=n_top)  # -inf: not a candidate
+    place = (torch.rand(scores.shape[:-1], device=scores.device) * n_kept).long()
     return order.gather(-1, place[..., None])[..., 0]
 
 

@@ -117,6 +117,18 @@ def test_dns_mn_draws_evenly_among_the_n_best(pool):  # case B07
     assert all_four.tolist() == pytest.approx([0.25] * 4, abs=0.02)
 
 
+@pytest.mark.parametrize("base", ["uniform", "popularity", "dns", "dns_mn", "ahns"])
+def test_a_base_sampler_never_picks_a_place_without_a_candidate(base, tmp_path):
+    train = csr([[0, 1], [2]], 6)
+    matches = np.array([[3, -1], [4, -1], [-1, -1]], np.int32)  # one matched item, or none
+    made = generated(write_generated(tmp_path / "g", train.pairs(), 6, n_matches=2, matches=matches), train)
+    sampler = Sampler("hnlm_matched", train, base_sampler=base, n_top=3, n_matched=2, generated=made)
+    rows = torch.tensor([0, 1, 2] * 50)
+    _, (items, _) = pick(sampler, np.tile(train.pairs(), (50, 1)), random_layers(train), rows=rows)
+    assert items[rows < 2].unique().tolist() == [3, 4]
+    assert items.min() >= 0
+
+
 @pytest.mark.parametrize(("pos_score", "item"), [(0.0, 4), (1.0, 4), (-0.9, 9)])
 def test_ahns_gives_high_scoring_positives_easier_negatives(pool, pos_score, item):  # case B08
     items, scores, case = pool
@@ -139,7 +151,7 @@ def test_pool_samplers_equal_a_plain_loop(name):
     batch, (items, vectors) = pick(sampler, pairs, layers)
     torch.manual_seed(7)  # the twin reads the same stream
     if name == "dns_mn":
-        places = torch.randint(3, (len(pairs), 2)).tolist()
+        places = (3 * torch.rand(len(pairs), 2)).long().tolist()
     share = torch.rand(3).tolist() if name == "mixgcf" else []
     table = [layer.double().numpy() for layer in layers]
     mean = sum(table) / 3
