@@ -67,7 +67,7 @@ def _negatives(view: View, folder: Path | None) -> Iterator[Block]:
         user_emb, item_emb = (load_npy(folder / f"{side}.npy", mmap=True) for side in ("user", "item"))
     elif view.run.has("generate"):
         rows, columns = np.nonzero(made["matches"] >= 0)
-        pairs, negatives, replies = made["pairs"][rows], made["matches"][rows, columns], made["texts"]
+        pairs, negatives, replies = made["pairs"][rows], made["matches"][rows, columns], made["replies"]
     else:
         raise UserError(f"{view.run.dir} holds no generated negatives; name a --method for those of its sampler")
     for start in range(0, len(pairs), BLOCK):
@@ -77,7 +77,7 @@ def _negatives(view: View, folder: Path | None) -> Iterator[Block]:
             score = (user_emb[user] * item_emb[negative]).sum(1)
         else:
             score = made["match_scores"][rows[block], columns[block]]
-        text = np.array([replies[row]["title"] or "" for row in rows[block]]) if replies else titles[negative]
+        text = np.array([replies[row]["text"] for row in rows[block]]) if replies else titles[negative]
         source = np.full(len(user), "sampler" if folder else "llm")
         yield {
             "user": users[user], "item": items[item], "negative": items[negative], "score": score, "source": source,

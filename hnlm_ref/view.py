@@ -17,6 +17,28 @@ from hnlm_ref.console import UserError
 N_HISTORY, N_PAIRS, N_MATCHES = 20, 5, 5  # Choice: what is shown of a user (the newest), and of a pair (the nearest)
 
 
+def load_generated(run: Run) -> dict[str, Any]:
+    """What stage 03 made, one row per pair it was asked about: no rows where the run has no stage 03.
+
+    Returns pairs int32 [N, 2], matches int32 [N, m] (-1: none) and match_scores float32 [N, m], replies: in text mode N
+    dicts with status, text and raw, else None. Stage 03 leaves out pairs without a readable reply; here they are back.
+    """
+    if not run.has("generate"):
+        return {"pairs": np.zeros((0, 2), np.int32), "replies": None}
+    folder = run.folder("generate")
+    made: dict[str, Any] = {name: load_npy(folder / f"{name}.npy") for name in ("pairs", "matches", "match_scores")}
+    if not (folder / "texts.jsonl").exists():
+        return {**made, "replies": None}
+    texts = load_jsonl(folder / "texts.jsonl")
+    answered = [row["text"] is not None for row in texts]
+    for name in ("matches", "match_scores"):
+        table = np.full((len(texts), made[name].shape[1]), -1, made[name].dtype)
+        table[answered] = made[name]
+        made[name] = table
+    made["pairs"] = np.array([(row["user"], row["item"]) for row in texts], np.int32)
+    return {**made, "replies": [{key: row[key] for key in ("status", "text", "raw")} for row in texts]}
+
+
 class View:
     """A finished run. `eval_dir` is where stage 5 writes while it is not finished yet, `test` what it has read."""
 
@@ -40,13 +62,7 @@ class View:
 
     @cached_property
     def generated(self) -> dict[str, Any]:
-        """Stage 03's pairs, matches and replies; no pairs where the run has none."""
-        if not self.run.has("generate"):
-            return {"pairs": np.zeros((0, 2), np.int32), "texts": None}
-        folder = self.run.folder("generate")
-        arrays = {name: load_npy(folder / f"{name}.npy") for name in ("pairs", "matches", "match_scores")}
-        texts = folder / "texts.jsonl"
-        return {**arrays, "texts": load_jsonl(texts) if texts.exists() else None}
+        return load_generated(self.run)
 
     def number(self, key: str) -> int:
         """The number of the user with that raw key. Raises UserError when there is none."""
@@ -139,7 +155,7 @@ class View:
             "positive": positive,
             "matches": list(zip(matches, scores_of, strict=True)),
             "places": {method: places(table) for method, table in scores.items()},  # of the positive, then the matches
-            "reply": self.generated["texts"] and self.generated["texts"][row],
+            "reply": self.generated["replies"] and self.generated["replies"][row],
         }
 
 

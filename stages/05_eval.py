@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnlm_ref.artifacts import Csr, Run, load_jsonl, load_npy, save_json, save_npy
+from hnlm_ref.artifacts import Csr, Run, load_npy, save_json, save_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.knobs import knob, stage_command
 
@@ -123,7 +123,7 @@ def describe_negatives(pairs: np.ndarray, train: Csr, test: Csr, warm_up: tuple 
 
 def main(cfg: EvalConfig, run: Run) -> dict:
     from hnlm_ref import _core, metrics, report
-    from hnlm_ref.view import View
+    from hnlm_ref.view import View, load_generated
 
     # What is found again: the test items. What can never be recommended: training and validation items (case C16).
     prep, test = run.prep(), run.test()
@@ -173,18 +173,18 @@ def main(cfg: EvalConfig, run: Run) -> dict:
     if run.has("sft"):
         warm_up = tuple(load_npy(run.folder("sft") / f"cf_{side}.npy") for side in ("user", "item"))
     if run.has("generate"):
-        folder = run.folder("generate")
-        pairs, matches = load_npy(folder / "pairs.npy"), load_npy(folder / "matches.npy")
-        scores, matched = load_npy(folder / "match_scores.npy"), matches >= 0  # [n, m]
-        texts = load_jsonl(folder / "texts.jsonl") if (folder / "texts.jsonl").exists() else []
+        made = load_generated(run)
+        matched = made["matches"] >= 0  # [N, m]
         generated = {
-            "pairs": len(pairs),
+            "pairs": len(matched),
             "without_match": int((~matched.any(1)).sum()),
-            "similarity": np.quantile(scores[matched], [0, 0.25, 0.5, 0.75, 1]).tolist() if matched.any() else None,
-            "status": Counter(text["status"] for text in texts),
+            "similarity": np.quantile(made["match_scores"][matched], np.arange(5) / 4).tolist()
+            if matched.any()
+            else None,
+            "status": Counter(reply["status"] for reply in made["replies"] or ()),
         }
-        rows = np.repeat(pairs[:, 0], matched.sum(1))
-        negatives["generated"] = [np.stack([rows, matches[matched]], axis=1)]
+        rows = np.repeat(made["pairs"][:, 0], matched.sum(1))
+        negatives["generated"] = [np.stack([rows, made["matches"][matched]], axis=1)]
     for source, drawn in negatives.items():
         drawn = np.concatenate(drawn)
         drawn = drawn[test.degrees()[drawn[:, 0]] > 0]  # users with something held out

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from hnlm_ref import pictures
-from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json, save_jsonl
+from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json, save_jsonl, save_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.report import lay_out, mean_and_spread, table, write
 from hnlm_ref.view import View, open_runs
@@ -25,8 +25,12 @@ def marked_run(toy_run, tmp_path_factory):
     for item in items:
         item["title"] = EVIL if item["item"] % 2 else ""
     save_jsonl(run / "prep" / "items.jsonl", items)
-    n = len(load_npy(run / "generate" / "pairs.npy"))
-    save_jsonl(run / "generate" / "texts.jsonl", ({"status": "ok", "title": EVIL, "raw": f"{{{n}}}"} for _ in range(n)))
+    pairs = load_npy(run / "generate" / "pairs.npy")
+    texts = [{"user": int(u), "item": int(i), "status": "ok", "text": EVIL, "raw": "{…}"} for u, i in pairs]
+    texts[0] |= {"status": "unparsed", "text": None, "raw": "I cannot say."}  # stage 3 leaves such a pair out
+    save_jsonl(run / "generate" / "texts.jsonl", texts)
+    for name in ("pairs", "matches", "match_scores"):
+        save_npy(run / "generate" / f"{name}.npy", load_npy(run / "generate" / f"{name}.npy")[1:])
     return run
 
 
@@ -67,9 +71,12 @@ def test_show_gives_one_user_s_history_negatives_and_recommendations(toy_run, cl
 
 def test_show_in_the_terminal_is_plain_where_there_is_no_terminal(marked_run, cli):
     """Case G07: history, positive, raw text, parsed title, matched items, similarity; the summary has quartiles."""
-    key = Run(marked_run).prep().users[3]["key"]
+    prep = Run(marked_run).prep()
+    unread = cli("show", marked_run, "--user", prep.users[0]["key"]).stdout  # stage 3 found no title in this reply
+    assert "status: unparsed\n  text: None\n  raw: I cannot say.\n  no matched item" in unread
+    key = prep.users[3]["key"]
     text = cli("show", marked_run, "--user", key).stdout
-    for part in (f"user {key}", "took ", "raw: {", f"title: {EVIL}", "nearest items by similarity", "hnlm recommends"):
+    for part in (f"user {key}", "took ", "raw: {…}", f"text: {EVIL}", "nearest items by similarity", "hnlm recommends"):
         assert part in text
     assert "(no title) i" in text and "\x1b[" not in text
     summary = cli("show", marked_run).stdout
