@@ -409,17 +409,17 @@ def whiten(vectors: np.ndarray, n_directions: int = 512) -> np.ndarray:
 
 
 def save_checkpoint(
-    path: Path, trainable: dict[str, Tensor], optimiser: Any, best: dict[str, Tensor], state: dict
+    path: Path, learnt: dict[str, Tensor], optimiser: Any, best: dict[str, Tensor], state: dict
 ) -> None:
     """One file with weights, best weights, optimiser and counters, so that they cannot come from different steps."""
-    tensors = {f"now/{n}": p.detach() for n, p in trainable.items()} | {f"best/{n}": t for n, t in best.items()}
+    tensors = {f"now/{n}": p.detach() for n, p in learnt.items()} | {f"best/{n}": t for n, t in best.items()}
     for number, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"adam/{number}/{name}": t for name, t in moments.items()}
     with atomic(path) as temporary:
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(state)})
 
 
-def load_checkpoint(path: Path, trainable: dict[str, Tensor], optimiser: Any) -> tuple[dict, dict[str, Tensor]]:
+def load_checkpoint(path: Path, learnt: dict[str, Tensor], optimiser: Any) -> tuple[dict, dict[str, Tensor]]:
     """Put everything back; returns the counters and the best weights."""
     with safe_open(path, "pt") as file:
         state = json.loads(file.metadata()["state"])
@@ -428,7 +428,7 @@ def load_checkpoint(path: Path, trainable: dict[str, Tensor], optimiser: Any) ->
     for key, tensor in load_file(path).items():
         kind, _, name = key.partition("/")
         if kind == "now":
-            trainable[name].data.copy_(tensor)
+            learnt[name].copy_(tensor)
         elif kind == "best":
             best[name] = tensor
         else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hnlm_ref.artifacts import atomic
+from hnlm_ref.artifacts import save_jsonl
 from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import knob
 from hnlm_ref.prompts import Reply, parse_reply
@@ -104,12 +104,12 @@ def ask(
     part = path.with_name(path.name + ".part")
     replies: dict[int, Reply] = {}
     if part.exists():
-        lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["status"] != "failed"]
-        for row in map(json.loads, kept):
-            replies[row.pop("number")] = Reply(**row)
-        with atomic(part) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        whole = part.read_bytes().decode("utf-8", "ignore").split("\n")[:-1]
+        kept = [row for row in map(json.loads, whole) if row["status"] != "failed"]
+        save_jsonl(part, kept)
+        for row in kept:
+            number = row.pop("number")
+            replies[number] = Reply(**row)
     missing = [(n, text) for n, text in enumerate(questions) if n not in replies]
     with part.open("a", encoding="utf-8", newline="\n") as file:
         for number, raw in progress(answer(missing) if missing else (), total=len(missing), desc=path.stem):
@@ -120,9 +120,6 @@ def ask(
     found = [replies[n] for n in range(len(questions))]
     if found and all(reply.status == "failed" for reply in found):
         raise UserError(f"no question of {len(found)} was answered; is the server up? Nothing is lost: start again")
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(
-            json.dumps(who | vars(r), ensure_ascii=False) + "\n" for who, r in zip(about, found, strict=True)
-        )
+    save_jsonl(path, (who | vars(reply) for who, reply in zip(about, found, strict=True)))
     part.unlink()
     return found

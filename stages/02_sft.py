@@ -137,6 +137,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if cfg.checkpointing:
         llm.recompute_activations(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    learnt = {name: t for name, t in model.state_dict().items() if name in trainable or name.startswith("head.")}
     groups = [{"params": [p for n, p in trainable.items() if ("lora_" in n) is lora]} for lora in (True, False)]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
 
@@ -184,7 +185,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     state: dict = {"step": 0, "log": [], "best": None, "bad_looks": 0, "sum": 0.0, "n": 0}
     best: dict = {}
     if checkpoint.exists():
-        state, best = llm.load_checkpoint(checkpoint, trainable, optimiser)
+        state, best = llm.load_checkpoint(checkpoint, learnt, optimiser)
         say(f"[sft] going on after step {state['step']} of {n_steps}")
     else:
         # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
@@ -223,16 +224,16 @@ def main(cfg: SftConfig, run: Run) -> dict:
             say(f"[sft] {state['log'][-1]}")
             if state["best"] is None or state["log"][-1]["held_out_objective"] < state["best"]:
                 state["best"], state["bad_looks"] = state["log"][-1]["held_out_objective"], 0
-                best = {name: p.detach().clone() for name, p in trainable.items()}
+                best = {name: t.clone() for name, t in learnt.items()}
             else:
                 state["bad_looks"] += 1
-            llm.save_checkpoint(checkpoint, trainable, optimiser, best, state)
+            llm.save_checkpoint(checkpoint, learnt, optimiser, best, state)
     bar.close()
 
     # Keep the weights of the best look.
     with torch.no_grad():
-        for name, p in trainable.items():
-            p.copy_(best[name])
+        for name, t in learnt.items():
+            t.copy_(best[name])
     model.save(out)
     save_jsonl(out / "log.jsonl", state["log"])
     checkpoint.unlink()
