@@ -87,12 +87,13 @@ def match_users(a: dict[str, float], b: dict[str, float], names: Sequence[str] =
     return np.array([list(kept[0].values()), [kept[1][key] for key in kept[0]]], np.float64)
 
 
-def compare(a: np.ndarray, b: np.ndarray, n_samples: int = 10_000, seed: int = 0) -> dict[str, float]:
+def compare(a: np.ndarray, b: np.ndarray, n_samples: int = 2_000, seed: int = 0) -> dict[str, float]:
     """Paired comparison of a metric in two runs: mean of a - b, its 95 % bootstrap interval, p of the sign flip.
 
-    a, b  float64 [U], the same users in the same order, NaN in both for the same users
+    a, b       float64 [U], the same users in the same order, NaN in both for the same users
+    n_samples  resamples of the users for the interval
     """
-    p, diff = sign_flip_p(a, b, n_samples, seed), (a - b)[~np.isnan(a)]
+    p, diff = sign_flip_p(a, b, seed=seed), (a - b)[~np.isnan(a)]
     rng = np.random.default_rng(seed)
     means = _blocks(lambda n: diff[rng.integers(0, len(diff), (n, len(diff)))].mean(1), n_samples, len(diff))
     low, high = np.percentile(means, [2.5, 97.5])
@@ -118,7 +119,13 @@ def sign_flip_p(a: np.ndarray, b: np.ndarray, n_samples: int = 10_000, seed: int
         signs = 1 - 2 * ((np.arange(2 ** len(diff))[:, None] >> np.arange(len(diff))) & 1)
         return float(np.mean(np.abs(signs @ diff) >= observed))
     rng = np.random.default_rng(seed)
-    sums = _blocks(lambda n: (rng.integers(0, 2, (n, len(diff)), np.int8) * 2.0 - 1) @ diff, n_samples, len(diff))
+    n_bytes = (len(diff) + 7) // 8
+
+    def flipped(n: int) -> np.ndarray:
+        bits = np.unpackbits(rng.integers(0, 256, (n, n_bytes), np.uint8), axis=1, count=len(diff))
+        return diff.sum() - 2 * (bits.astype(np.float64) @ diff)
+
+    sums = _blocks(flipped, n_samples, len(diff))
     return (1 + int((np.abs(sums) >= observed).sum())) / (n_samples + 1)
 
 
