@@ -9,16 +9,18 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hnlm_ref.artifacts import save_jsonl
+from hnlm_ref.artifacts import Prep, Run, save_jsonl
 from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import knob
-from hnlm_ref.prompts import Reply, parse_reply
+from hnlm_ref.prompts import PROFILE_KEY, Reply, item_profile_prompt, parse_reply, user_profile_prompt
 
 Answers = Iterator[tuple[int, str | None]]  # (number of the question, what was said or None), in any order
 
@@ -123,3 +125,30 @@ def ask(
     save_jsonl(path, (who | vars(reply) for who, reply in zip(about, found, strict=True)))
     part.unlink()
     return found
+
+
+def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: Run) -> dict[str, int]:
+    """Put LLM profiles P_v and P_u into the records of `prep`; answers are kept in profiles.jsonl. Counts by status.
+
+    cfg      AskConfig with profile_titles, the number of newest training items told of a user
+    reviews  {"user", "item", "text"} of training rows
+    A profile without an answer is "" and counted: no other text stands in for it (case D20).
+    """
+    own: dict[int, dict[int, str]] = {}
+    for review in reviews:
+        own.setdefault(review["user"], {})[review["item"]] = review["text"]
+    questions, about = [item_profile_prompt(item) for item in prep.items], [{"item": n} for n in range(prep.n_items)]
+    for u in range(prep.n_users):
+        newest = [prep.items[i] for i in prep.history(u)[::-1][: cfg.profile_titles]]
+        questions.append(user_profile_prompt(newest, own.get(u, {})))
+        about.append({"user": u})
+    answer: Callable[..., Answers] = partial(ask_server, cfg)
+    if cfg.endpoint is None:
+        from hnlm_ref.llm import load_llm
+
+        llm, tokenizer = load_llm(model, run.device)
+        answer = partial(ask_local, llm, tokenizer, cfg)
+    replies = ask(questions, about, run.out / "profiles.jsonl", answer, PROFILE_KEY)
+    for record, reply in zip([*prep.items, *prep.users], replies, strict=True):
+        record["profile"] = reply.text or ""
+    return {f"profiles {status}": n for status, n in Counter(reply.status for reply in replies).items()}

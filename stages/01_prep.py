@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnlm_ref.artifacts import Csr, Run, resolve_path, save_csr, save_jsonl, save_npy
+from hnlm_ref.artifacts import Csr, Prep, Run, resolve_path, save_csr, save_jsonl, save_npy
 from hnlm_ref.console import UserError, say
 from hnlm_ref.knobs import knob, stage_command
+from hnlm_ref.profiles import AskConfig, write_profiles
 
 
 @dataclass(frozen=True)
-class PrepConfig:
+class PrepConfig(AskConfig):
     """Knobs of stage 1. The defaults filter nothing; the presets hold the paper's settings."""
 
     # data
@@ -45,7 +46,8 @@ class PrepConfig:
     valid_from: str | None = knob(None, "split time: validation starts here, as in date_from")
     test_from: str | None = knob(None, "split time: the test starts here")
     # texts
-    profiles: str = knob("template", "who writes the profiles", ("template",))
+    profiles: str = knob("template", "who writes the profiles; llm: profile_model or the endpoint", ("template", "llm"))
+    profile_model: str = knob("tiny", "model that writes them: tiny, a folder, hub id, .gguf file or package:NAME/path")
     profile_titles: int = knob(10, "titles of the newest training items in a user's profile", low=1)
     text_chars: int = knob(2000, "characters kept of an item's text", low=0)
     review_chars: int = knob(0, "characters kept of each training review; 0 writes none", low=0)
@@ -109,15 +111,27 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     train = log.take(part == 0)
     users = data.read_users(train, [item["title"] for item in items], cfg.profile_titles)
 
+    made = Prep(
+        users,
+        items,
+        *(Csr.from_pairs(log.user[part == n], log.item[part == n], len(users), len(items)) for n in (0, 1)),
+        data.oldest_first(train),
+    )
+    test = Csr.from_pairs(log.user[part == 2], log.item[part == 2], len(users), len(items))
+    reviews = []
+    if cfg.review_chars and "text" in layouts[0].columns:
+        reviews = data.read_reviews(layouts[0], train, cfg.review_chars)
+    if cfg.profiles == "llm":
+        counts |= write_profiles(cfg, made, reviews, cfg.profile_model, run)
+
     # Save.
     save_jsonl(run.out / "users.jsonl", users)
     save_jsonl(run.out / "items.jsonl", items)
-    for number, name in enumerate(data.PARTS):
-        rows = part == number
-        save_csr(run.out, name, Csr.from_pairs(log.user[rows], log.item[rows], len(users), len(items)))
-    save_npy(run.out / "train.order.npy", data.oldest_first(train))
-    if cfg.review_chars and "text" in layouts[0].columns:
-        save_jsonl(run.out / "reviews.jsonl", data.read_reviews(layouts[0], train, cfg.review_chars))
+    for name, pairs in zip(data.PARTS, (made.train, made.valid, test), strict=True):
+        save_csr(run.out, name, pairs)
+    save_npy(run.out / "train.order.npy", made.order)
+    if reviews:
+        save_jsonl(run.out / "reviews.jsonl", reviews)
     if bad.rows:
         save_jsonl(run.out / "skipped.jsonl", bad.rows)
     counts |= {"users": len(users), "items": len(items), "pairs": len(log)}

@@ -110,8 +110,8 @@ def test_a_vector_that_is_not_finite_stops_the_run_and_names_the_pair(toy_run, t
 # ---- questions and answers ----------------------------------------------------------------------------------------
 
 
-def said(title: str) -> str:
-    return json.dumps({prompts.NEGATIVE_KEY: title})
+def said(title: str, key: str = prompts.NEGATIVE_KEY) -> str:
+    return json.dumps({key: title})
 
 
 def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path):
@@ -148,6 +148,7 @@ class Server(BaseHTTPRequestHandler):
 
     plan: dict = {}  # noqa: RUF012
     seen: list = []  # noqa: RUF012
+    key = prompts.NEGATIVE_KEY
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -157,7 +158,7 @@ class Server(BaseHTTPRequestHandler):
         status = steps[min([t for t, *_ in Server.seen].count(text), len(steps)) - 1] if steps else 200
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(json.dumps({"choices": [{"message": {"content": said(text)}}]}).encode())
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": said(text, Server.key)}}]}).encode())
 
     def log_message(self, *_):
         pass
@@ -210,3 +211,21 @@ def test_text_mode_with_a_model_that_cannot_write_json_says_so_and_leaves_nothin
     with pytest.raises(UserError, match=r"none of 60 answers names an item \({'bad': 60}\)"):
         generate(run, "--mode", "text", "--pairs-per-user", 1, "--max-new-tokens", 4)
     assert not (run / "generate").exists()
+
+
+def test_llm_profiles_are_each_ones_own_or_empty(server, tmp_path):
+    words = ("--profiles", "llm", "--endpoint", server, "--profile-titles", 2, "--n-retries", 0)
+    run_stage("prep", tmp_path / "plain", "--profiles", "template")
+    items = load_jsonl(tmp_path / "plain" / "prep" / "items.jsonl")
+    Server.plan, Server.key = {prompts.item_profile_prompt(items[3]): [500]}, prompts.PROFILE_KEY
+    try:
+        run_stage("prep", tmp_path, *words)
+    finally:
+        Server.key = prompts.NEGATIVE_KEY
+    told = load_jsonl(tmp_path / "prep" / "items.jsonl"), load_jsonl(tmp_path / "prep" / "users.jsonl")
+    assert told[0][3]["profile"] == "" and told[0][2]["profile"] == prompts.item_profile_prompt(items[2]).strip()
+    train = load_npy(tmp_path / "prep" / "train.indices.npy")[: load_npy(tmp_path / "prep" / "train.indptr.npy")[1]]
+    named = [item["item"] for item in items if f"- {item['title']}." in told[1][0]["profile"]]
+    assert len(named) == 2 and set(named) <= set(train.tolist())  # cases A20, D20
+    counts = load_json(tmp_path / "prep" / "manifest.json")["counts"]
+    assert counts["profiles ok"] == len(items) + 60 - 1 and counts["profiles failed"] == 1
