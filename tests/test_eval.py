@@ -8,28 +8,25 @@ import numpy as np
 import pytest
 from test_metrics import csr
 
-from hnlm_ref import metrics
+from hnlm_ref import analyses, metrics
 from hnlm_ref.artifacts import Csr, Run, load_csr, load_json, load_jsonl, load_npy, save_npy
 from hnlm_ref.cli import load_stage
-
-load_stage("eval")
-stage = sys.modules["hnlm_stage_eval"]
 
 
 def test_groups_hold_equal_shares_of_the_interactions():
     """Twelve interactions in two groups: 1 + 1 + 2 + 2 on one side, 6 on the other."""
     counts = np.array([6, 1, 1, 2, 2])
-    assert stage.equal_groups(counts, 2).tolist() == [1, 0, 0, 0, 0]
-    assert stage.equal_groups(np.array([1, 1, 1, 1]), 2).tolist() == [0, 0, 1, 1]  # ties are cut by number
-    assert stage.equal_groups(np.array([0, 0]), 3).tolist() == [0, 0]
-    groups = stage.describe_groups(stage.equal_groups(counts, 2), counts, np.array([1, 0, 0]), 2)
+    assert analyses.equal_groups(counts, 2).tolist() == [1, 0, 0, 0, 0]
+    assert analyses.equal_groups(np.array([1, 1, 1, 1]), 2).tolist() == [0, 0, 1, 1]  # ties are cut by number
+    assert analyses.equal_groups(np.array([0, 0]), 3).tolist() == [0, 0]
+    groups = analyses.describe_groups(analyses.equal_groups(counts, 2), counts, np.array([0, 3, 4]), 2)
     assert groups[0] == {"members": 4, "interactions": 6, "test_pairs": 2}
     assert groups[1] == {"members": 1, "interactions": 6, "test_pairs": 1}
 
 
 def test_the_mean_of_a_group_leaves_out_what_is_missing_and_says_so_when_nothing_is_left():
     values = np.array([1.0, 0.0, np.nan, np.nan])
-    assert stage.group_means(values, np.array([0, 0, 0, 1]), 3) == [0.5, None, None]
+    assert analyses.group_means(values, np.array([0, 0, 0, 1]), 3) == [0.5, None, None]
 
 
 def test_the_spread_of_lists_is_counted_over_the_whole_catalogue():
@@ -38,7 +35,7 @@ def test_the_spread_of_lists_is_counted_over_the_whole_catalogue():
     Gini over (0, 0, 1, 2, 3): (0 x -4 + 0 x -2 + 1 x 0 + 2 x 2 + 3 x 4) / (5 x 6) = 16 / 30.
     """
     lists = np.array([[0, 1], [0, 1], [0, -1], [2, -1]])
-    found = stage.describe_lists(lists, np.array([9, 4, 3, 2, 1]))
+    found = analyses.describe_lists(lists, np.array([9, 4, 3, 2, 1]))
     assert found == {"coverage": 0.6, "gini": pytest.approx(16 / 30), "head_share": 0.5}
 
 
@@ -49,13 +46,13 @@ def test_false_negatives_are_held_against_chance():
     """
     train, test = csr([[0, 1], [0], [0]], 6), csr([[2], [4, 5], []], 6)
     pairs = np.array([[0, 2], [0, 3], [1, 4], [1, 5]], np.int32)
-    found = stage.describe_negatives(pairs, train, test, None, 1)
+    found = analyses.describe_negatives(pairs, train, test, None, 1)
     assert (found["n"], found["distinct_items"], found["top_item_share"]) == (4, 4, 0.25)
     assert found["false"][0] == 0.75 and found["chance"] == pytest.approx((2 / 4 + 2 * 2 / 5) / 4)
     # Warm-up scores are the item numbers: of user 0's free items 2 3 4 5, none lies below 2 and one of three below 3;
     # of user 1's free items 1 2 3 4 5, three of four lie below 4, all below 5.
     warm_up = np.ones((3, 1), np.float32), np.arange(6, dtype=np.float32)[:, None]
-    hard = stage.describe_negatives(pairs, train, test, warm_up, 1)["percentile"]
+    hard = analyses.describe_negatives(pairs, train, test, warm_up, 1)["percentile"]
     assert hard == pytest.approx((0 + 1 / 3 + 3 / 4 + 1) / 4)
 
 
@@ -112,6 +109,8 @@ def test_the_test_part_is_opened_once_and_only_after_training(toy_run, tmp_path,
     opened = []
     monkeypatch.setattr(Run, "test", lambda self: opened.append(1) or load_csr(self.dir / "prep", "test", 80))
     (tmp_path / "out").mkdir()
+    load_stage("eval")
+    stage = sys.modules["hnlm_stage_eval"]
     stage.main(stage.EvalConfig(), Run(run, methods=("uniform", "dns"), out=tmp_path / "out"))
     assert len(opened) == 1
     log = load_jsonl(run / "train" / "dns" / "seed0" / "log.jsonl")
@@ -126,8 +125,10 @@ def test_a_vector_that_is_no_number_is_refused_and_no_metrics_are_written(toy_ru
     table[3, 5] = np.nan
     save_npy(run / "train" / "dns" / "seed0" / "user.npy", table)
     done = cli("eval", "--preset", "toy", "--run-dir", run)
-    assert done.returncode == 1 and "user 3" in done.stderr and "Traceback" not in done.stderr
-    assert not (run / "eval").exists()
+    assert (
+        done.returncode == 1 and "the vector of user 3 is not finite" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert not (run / "eval").exists() and not (run / ".eval.partial" / "metrics.json").exists()
 
 
 def test_comparisons_are_those_of_the_per_user_files(toy_run):
