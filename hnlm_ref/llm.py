@@ -11,6 +11,8 @@ A continuation sees the prefix and itself, and its positions go on from the pref
 prefix + continuation alone would give, while the prefix is computed (and in tuning differentiated) once.
 """
 
+import contextlib
+import io
 import json
 import os
 import warnings
@@ -97,7 +99,8 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         config = transformers.AutoConfig.from_pretrained(where, **extra)
         say(f"model {name}: {memory_estimate(config, options['dtype'], load_in_4bit)}, {device}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, **extra, **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file has no switch of its own
+            model = transformers.AutoModelForCausalLM.from_pretrained(where, **extra, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {name}: not a folder, hub id or .gguf file that can be loaded ({reason})") from error
@@ -290,7 +293,7 @@ class Head(nn.Module):
         return self.linear((h - self.center) / self.spread)
 
     @torch.no_grad()
-    def solve(self, h: Tensor, wanted: Tensor, ridge: float = 0.3) -> None:
+    def solve(self, h: Tensor, wanted: Tensor, ridge: float = 0.1) -> None:
         """Standardise by h [B, d_llm] and put the map at the ridge regression of `wanted` [B, d_out]."""
         self.center.copy_(h.mean(0))
         self.spread.copy_(h.std(0) + 1e-6)
