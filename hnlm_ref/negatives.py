@@ -53,6 +53,9 @@ def choose_pairs(train: Csr, pairs_per_user: int, seed: int) -> np.ndarray:
     return pairs[np.sort(order[place < (pairs_per_user or len(pairs))])]
 
 
+QUALITY_USERS = 1000  # Choice: figures are of at most so many users, evenly spread, as their items are all ranked
+
+
 def quality(
     matches: np.ndarray,
     users: np.ndarray,
@@ -75,26 +78,32 @@ def quality(
     coverage            share of the catalogue that is used; most_used: share of the most frequent item
     """
     n_items = prep.n_items
-    taken, held_out = (np.zeros((prep.n_users, n_items), bool) for _ in range(2))
+    some = np.arange(prep.n_users)[:: -(-prep.n_users // QUALITY_USERS)]  # [S]
+    row_of = np.full(prep.n_users, -1)
+    row_of[some] = np.arange(len(some))
+    matches, users = matches[row_of[users] >= 0], users[row_of[users] >= 0]
+    taken, held_out = (np.zeros((len(some), n_items), bool) for _ in range(2))
     for mark, part in ((taken, prep.train), (held_out, prep.valid)):
-        mark[tuple(part.pairs().T)] = True
-    scores = np.where(taken, -np.inf, cf[0] @ cf[1].T)  # [U, I]
+        u, i = part.pairs().T
+        mark[row_of[u[row_of[u] >= 0]], i[row_of[u] >= 0]] = True
+    scores = np.where(taken, -np.inf, cf[0][some] @ cf[1].T)  # [S, I]
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)  # 0 is hardest
     free = n_items - prep.train.degrees()  # [U]
     by_rank = np.zeros(n_items)
-    np.add.at(by_rank, rank[held_out], 1 / prep.n_users)
+    np.add.at(by_rank, rank[held_out], 1 / len(some))
     as_hard = np.convolve(by_rank, np.ones(21), "same") / np.convolve(np.ones(n_items), np.ones(21), "same")
     user_text, item_text = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in text)
     popularity = np.bincount(prep.train.indices, minlength=n_items)
 
     row, place = np.nonzero(matches >= 0)
     u, j = users[row], matches[row, place]
+    r = row_of[u]
     used = np.bincount(j, minlength=n_items)
     figures = {
-        "warm_up_percentile": 1 - rank[u, j] / free[u],
-        "false_rate": held_out[u, j],
+        "warm_up_percentile": 1 - rank[r, j] / free[u],
+        "false_rate": held_out[r, j],
         "false_rate_chance": prep.valid.degrees()[u] / free[u],
-        "false_rate_as_hard": as_hard[rank[u, j]],
+        "false_rate_as_hard": as_hard[rank[r, j]],
         "profile_similarity": (user_text[u] * item_text[j]).sum(1),
         "popularity": np.searchsorted(np.sort(popularity), popularity)[j] / n_items,
         "coverage": (used > 0).mean(),
