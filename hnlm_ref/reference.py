@@ -41,8 +41,8 @@ def _below(word: int, bound: int) -> int | None:
 def _draw(users, n_negatives: int, seed: int, chooser: Callable) -> np.ndarray:
     """First accepted word of every (row, draw); `chooser(user)` returns word -> item or None."""
     out = np.zeros((len(users), n_negatives), np.int32)
-    for r, user in enumerate(users):
-        choose = chooser(int(user)) if n_negatives else None
+    for r, user in enumerate(users if n_negatives else []):
+        choose = chooser(int(user))
         for j in range(n_negatives):
             out[r, j] = next(item for item in map(choose, _words(seed, r, j)) if item is not None)
     return out
