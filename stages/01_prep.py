@@ -110,7 +110,6 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     items = data.read_items(layout, log.items, cfg.text_chars, bad, counts)
     train = log.take(part == 0)
     users = data.read_users(train, [item["title"] for item in items], cfg.profile_titles)
-
     made = Prep(
         users,
         items,
@@ -122,6 +121,7 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     if cfg.review_chars and "text" in layouts[0].columns:
         reviews = data.read_reviews(layouts[0], train, cfg.review_chars)
     if cfg.profiles == "llm":
+        reviews = list(reviews)
         counts |= write_profiles(cfg, made, reviews, cfg.profile_model, run)
 
     # Save.
