@@ -43,8 +43,8 @@ def intervals(name: str, points: Sequence[Point], x_label: str) -> str:
 
     def draw(axes: Any) -> None:
         for y, (_, value, low, high, mark) in enumerate(points):
-            axes.plot([low, high], [y, y], color=f"{COLOUR}{y % N_COLOURS}", linewidth=2)
-            axes.plot(value, y, marker="o", color=f"{COLOUR}{y % N_COLOURS}")
+            axes.plot([low, high], [y, y], color=f"{COLOUR}1", linewidth=2)
+            axes.plot(value, y, marker="o", color=f"{COLOUR}1")
             if mark is not None:
                 axes.plot(mark, y, marker="|", markersize=14, color=TEXT)
         axes.set(xlabel=x_label, yticks=range(len(points)), yticklabels=[point[0] for point in points])

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from hnlm_ref import metrics
-from hnlm_ref.artifacts import atomic, load_npy
+from hnlm_ref.artifacts import atomic, load_json, load_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.view import View
 
@@ -70,6 +70,17 @@ def negative_rows(views: list[View]) -> Cells:
             ratio = f"{share / told['chance']:.1f}" if told["chance"] else "-"
             cells += [f"{share:.2%} ({low:.2%} to {high:.2%})", f"{told['chance']:.2%}", ratio]
             found.append([view.prefix + source, *cells])
+    return found
+
+
+def quality_rows(views: list[View]) -> Cells:
+    """What stage 03 itself found out about its negatives, on the validation part."""
+    found: Cells = []
+    for view in views:
+        path = view.run.dir / "generate" / "quality.json"
+        for source, figures in (load_json(path) if path.exists() else {}).items():
+            found = found or [["on validation", *(name.replace("_", " ") for name in figures)]]
+            found.append([view.prefix + source, *(f"{value:.3f}" for value in figures.values())])
     return found
 
 
@@ -241,7 +252,7 @@ def write(views: list[View], path: Path, n_explored: int = N_EXPLORED) -> None:
             f"<figure><h3>{title}</h3>{svg}<figcaption>{CAPTIONS[title]}</figcaption></figure>"
             for title, svg in draw(views).items()
         ),
-        "negatives": _table(negative_rows(views)) + _table(list_rows(views)),
+        "negatives": _table(negative_rows(views)) + _table(quality_rows(views)) + _table(list_rows(views)),
         "generated": "".join(f"<p>{html.escape(generated_line(view))}</p>" for view in views),
         "made": "".join(_made(view) for view in views),
         "data": json.dumps([_explorer(view, n_explored) for view in views], ensure_ascii=False).replace("<", "\\u003c"),
@@ -281,6 +292,9 @@ def _made(view: View) -> str:
 
 
 def _table(cells: Cells) -> str:
+    if not cells:
+        return ""
+
     def row(values: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
 
