@@ -22,11 +22,12 @@ class Encoder(nn.Module):
     `extra_loss` if it brings a loss. An enhancer (`baselines.py`) changes the ego vectors, or brings a loss.
     """
 
+    init_std = 0.01  # Choice: from 0.1 MF ends a tenth lower on MovieLens-100K (0.264 for 0.294, one seed)
+
     def __init__(self, train: Csr, dim: int, n_layers: int = 0):
         super().__init__()
         self.n_users = train.n_rows
-        # Choice: normal with deviation 0.1, as LightGCN's authors; also for MF.
-        self.table = nn.Parameter(torch.empty(train.n_rows + train.n_cols, dim).normal_(std=0.1))  # [U + I, d]
+        self.table = nn.Parameter(torch.randn(train.n_rows + train.n_cols, dim) * self.init_std)  # [U + I, d]
         self.n_layers = n_layers
         self.enhancer: Any = None
 
@@ -57,6 +58,7 @@ class LightGCN(Encoder):
     """Propagation over the normalised graph, mean of the layers (He et al., SIGIR 2020)."""
 
     graph: Tensor
+    init_std = 0.1  # as its authors
 
     def __init__(self, train: Csr, dim: int, n_layers: int = 2):
         super().__init__(train, dim, n_layers)
