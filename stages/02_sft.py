@@ -36,12 +36,12 @@ class SftConfig:
     lora_dropout: float = knob(0.05, "dropout in LoRA", low=0, high=1)
     # triplets
     n_users: int = knob(0, "users to tune on; 0: all", low=0)
-    pairs_per_user: int = knob(8, "triplets of a user, at most", low=1)
+    pairs_per_user: int = knob(4, "items taken by a user that become triplets, at most", low=1)
     n_positives: int = knob(8, "hard negatives mined for a pair; more cost no call of the LLM", low=1)
     held_out_users: int = knob(32, "further users whose triplets are held out", low=1)
     mining: str = knob("window", "how the hard negative of a triplet is drawn", ("window", "pool"))
     rank_from: int = knob(0, "window: first warm-up rank among the items not taken", low=0)
-    rank_to: int = knob(30, "window: rank after the last", low=1)
+    rank_to: int = knob(20, "window: rank after the last", low=1)
     pool_size: int = knob(16, "pool: the best-scored of M random items not taken", low=1)
     guard_threshold: float | None = knob(None, "do not mine items this many deviations too similar to the user's own")
     target: str = knob("cf", "p and n of the triplet: warm-up vectors or text vectors of the items", ("cf", "text"))
@@ -52,7 +52,7 @@ class SftConfig:
     own_weight: float = knob(2.0, "extra weight of a triplet's own negative among the in-batch ones", low=0)
     catalogue_weight: float = knob(0.5, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
     catalogue_temperature: float = knob(0.1, "temperature of that softmax", low=1e-6)
-    probe_users: int = knob(160, "users from whose pairs the head is solved before tuning", low=1)
+    probe_users: int = knob(320, "users from whose pairs the head is solved before tuning", low=1)
     n_epochs: int = knob(1, "passes over the triplets", low=1)
     batch_size: int = knob(4, "users per forward pass", low=1)
     grad_accum: int = knob(1, "forward passes per optimiser step", low=1)
@@ -198,6 +198,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if not state["log"]:
         state["log"].append({"step": 0, **look()})
         say(f"[sft] {state['log'][-1]}")
+        state["best"], best = state["log"][0]["held_out_objective"], {name: t.clone() for name, t in learnt.items()}
     model.train()
     bar = progress(total=n_steps, desc="tuning", unit="step")
     bar.update(state["step"])
@@ -222,7 +223,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
             state["log"].append(line | look())
             state |= {"sum": 0.0, "n": 0}
             say(f"[sft] {state['log'][-1]}")
-            if state["best"] is None or state["log"][-1]["held_out_objective"] < state["best"]:
+            if state["log"][-1]["held_out_objective"] < state["best"]:
                 state["best"], state["bad_looks"] = state["log"][-1]["held_out_objective"], 0
                 best = {name: t.clone() for name, t in learnt.items()}
             else:
