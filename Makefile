@@ -32,5 +32,9 @@ check: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q bench --benchmark-disable
 
+bench: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m pytest bench --benchmark-only -q
+
 clean:
 	rm -rf .venv target
