@@ -294,13 +294,19 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def solve(self, h: Tensor, wanted: Tensor, ridge: float = 0.1) -> None:
-        """Standardise by h [B, d_llm] and put the map at the ridge regression of `wanted` [B, d_out]."""
+        """Standardise by h [B, d_llm] and put the map at the ridge regression of `wanted` [B, d_out], times a number.
+
+        Only directions are compared, so the number is free: it makes the weights as large as a fresh layer's, as
+        steps of Adam would soon undo a solution with tiny ones.
+        """
         self.center.copy_(h.mean(0))
         self.spread.copy_(h.std(0) + 1e-6)
         x, mean = (h - self.center) / self.spread, wanted.mean(0)
         gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device)
-        self.linear.weight.copy_(torch.linalg.solve(gram, x.T @ (wanted - mean)).T)
-        self.linear.bias.copy_(mean)
+        solved = torch.linalg.solve(gram, x.T @ (wanted - mean))  # [d_llm, d_out]
+        size = (3 * len(solved)) ** -0.5 / solved.std()
+        self.linear.weight.copy_(solved.T * size)
+        self.linear.bias.copy_(mean * size)
 
 
 class NegativeModel(nn.Module):
