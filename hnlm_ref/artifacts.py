@@ -256,7 +256,7 @@ class Run:
         return Prep(users, items, train, valid, load_npy(folder / "train.order.npy"))
 
     def test(self) -> Csr:
-        """The test part. Stage 05 calls this, once, after everything is trained (case C13), and what shows its result."""
+        """The test part: for stage 05, once, after everything is trained (case C13), and for what shows its result."""
         folder = self.folder("prep")
         n_items = int(load_json(folder / "manifest.json")["counts"]["items"])
         return load_csr(folder, "test", n_items)

@@ -133,8 +133,7 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
         line = [sys.executable, str(stage_file(stage)), *(["--preset", preset] if preset else [])]
         shown = {f.name for f in command.run_fields}
         words = words | {name: value for name, value in typed_run.items() if name in shown}
-        if stage == "train":
-            words["seed"] = stage_run.seed
+        words |= {"seed": stage_run.seed} if stage == "train" else {}
         for name, value in words.items():
             line += _typed(command, name, value)
         done = is_done(run.dir / folder, key)
