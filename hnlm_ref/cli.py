@@ -115,7 +115,7 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     commands = {stage: load_stage(stage) for stage in STAGES}
     steps: list[tuple[str, Run, dict[str, Any]]] = []
     for stage in STAGES:
-        words = typed.get(stage, {})
+        words: dict[str, Any] = dict(typed.get(stage, {}))
         if stage != "train":
             steps.append((stage, run, words))
             continue
