@@ -46,8 +46,8 @@ class SftConfig:
     guard_threshold: float | None = knob(None, "do not mine items this many deviations too similar to the user's own")
     target: str = knob("cf", "p and n of the triplet: warm-up vectors or text vectors of the items", ("cf", "text"))
     # optimisation
-    lr: float = knob(3e-4, "learning rate of LoRA", low=0)
-    lr_new: float = knob(1e-3, "learning rate of soft tokens and head", low=0)
+    lr: float = knob(1e-4, "learning rate of LoRA", low=0)
+    lr_new: float = knob(1e-4, "learning rate of soft tokens and head", low=0)
     temperature: float = knob(0.05, "temperature of the in-batch loss (tau)", low=1e-6)
     own_weight: float = knob(2.0, "extra weight of a triplet's own negative among the in-batch ones", low=0)
     catalogue_weight: float = knob(0.5, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
