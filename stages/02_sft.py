@@ -188,6 +188,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state, best = llm.load_checkpoint(checkpoint, learnt, optimiser)
         say(f"[sft] going on after step {state['step']} of {n_steps}")
     else:
+        state["log"].append({"step": 0, "head": "random", **look()})
         # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
         # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
         with torch.inference_mode():
@@ -195,10 +196,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
             h, _, _, i, j = (torch.cat(x) for x in zip(*map(read, chunks(users[: cfg.probe_users])), strict=True))
         unit = torch.nn.functional.normalize(targets, dim=1)
         model.head.solve(h, torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i])
-    if not state["log"]:
-        state["log"].append({"step": 0, **look()})
-        say(f"[sft] {state['log'][-1]}")
-        state["best"], best = state["log"][0]["held_out_objective"], {name: t.clone() for name, t in learnt.items()}
+        state["log"].append({"step": 0, "head": "solved", **look()})
+        say("\n".join(f"[sft] {line}" for line in state["log"]))
+        state["best"], best = state["log"][1]["held_out_objective"], {name: t.clone() for name, t in learnt.items()}
     model.train()
     bar = progress(total=n_steps, desc="tuning", unit="step")
     bar.update(state["step"])
@@ -238,7 +238,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     model.save(out)
     save_jsonl(out / "log.jsonl", state["log"])
     checkpoint.unlink()
-    return {"counts": {"triplets": n_triplets, "steps": state["step"], **state["log"][-1]}}
+    kept = next(line for line in state["log"][1:] if line["held_out_objective"] == state["best"])
+    return {"counts": {"triplets": n_triplets, "steps": state["step"], "before": state["log"][0], "kept": kept}}
 
 
 command = stage_command(
