@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import re
 import shutil
 import sys
 import time
@@ -333,6 +334,17 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
         _promote(partial, final)
     except OSError as error:
         raise UserError(f"[{stage}] {error.filename or partial}: {error.strerror or error}") from error
+    except ImportError as error:
+        core = "_core" in str(error)  # cases R04, F04
+        cure = "build it with: pip install --editable ." if core else "run: pip install 'hnlm-ref[llm]'"
+        raise UserError(f"[{stage}] {'the Rust extension is missing' if core else error}; {cure}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise UserError(
+            f"[{stage}] out of memory; lower --batch-size (in sft raise --grad-accum as much), or in sft set "
+            "--checkpointing or --load-in-4bit; what is finished is kept, the next start goes on from there"
+        ) from error  # case D21
     finally:
         if partial.is_dir() and [p.name for p in partial.iterdir()] == ["key"]:
             shutil.rmtree(partial)  # nothing to resume from

@@ -1,6 +1,8 @@
 """Artifacts: whole or absent, skipped when nothing changed, resumed when killed, refused when mixed."""
 
 import dataclasses
+import importlib
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +72,36 @@ def test_a_stage_that_fails_at_once_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError):
         run_stage("prep", Run(tmp_path), {}, {}, "key", main)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path):
+    def main(run):
+        save_npy(run.out / "shard.npy", np.zeros(1))
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(UserError, match=r"--batch-size.*--grad-accum.*--checkpointing"):
+        run_stage("sft", Run(tmp_path), {}, {}, "key", main)
+    assert (tmp_path / ".sft.partial" / "shard.npy").exists()
+
+    def broken(run):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run_stage("sft", Run(tmp_path), {}, {}, "key", broken)
+
+
+@pytest.mark.parametrize(
+    ("module", "cure"),
+    [("hnlm_ref._core", "pip install --editable"), ("transformers", r"pip install 'hnlm-ref\[llm\]'")],
+)
+def test_a_missing_module_is_one_sentence_with_its_cure(tmp_path, monkeypatch, module, cure):
+    monkeypatch.setitem(sys.modules, module, None)
+
+    def main(run):
+        importlib.import_module(module)
+
+    with pytest.raises(UserError, match=cure):
+        run_stage("sft", Run(tmp_path), {}, {}, "key", main)
 
 
 def test_folders_made_from_different_inputs_are_refused_with_both_fingerprints(tmp_path):
