@@ -3,13 +3,14 @@
 python bench/bench_prep.py 1 3 10      # million lines: makes a file, prepares it, prints a row; 0.5 GB a million
 pytest bench/bench_prep.py             # k-core: ours, a pandas loop, RecBole's filter (pip install pandas recbole)
 
-Measured on two shared cores (rating >= 4, 10-core, 70/10/20 by user), Python 3.11, Polars 2.1, NumPy 2.4:
+Measured on two cores (rating >= 4, 10-core, 70/10/20 by user), Python 3.11, Polars 2.1, NumPy 2.4; in brackets with
+other jobs on both cores:
 
-| lines | GB | seconds | CPU seconds | peak MB | pairs |
-|---|---|---|---|---|---|
-| 1M | 0.52 | 4.9 | 5.5 | 314 | 638,658 |
-| 3M | 1.57 | 19.3 | 20.5 | 480 | 1,927,015 |
-| 10M | 5.22 | 74.2 | 66.8 | 1315 | 6,420,658 |
+| lines | GB | seconds | peak MB | pairs |
+|---|---|---|---|---|
+| 1M | 0.52 | 4.2 (7.0) | 304 | 638,658 |
+| 3M | 1.57 | 13.4 (31.5) | 424 | 1,927,015 |
+| 10M | 5.22 | 48.9 (119.8) | 1136 | 6,420,658 |
 
 Parquet of 100M rows with whole-number ids (rating >= 4, 10-core): 5.6 GB at the peak, 238 CPU seconds. 10-core of
 2,992,668 pairs: ours 0.21 s, pandas loop 0.25 s, RecBole 1.55 s; of 295,726 pairs: 14, 28 and 129 ms.
