@@ -22,6 +22,7 @@ def numba_loop(data, m, n_threads, beta=None):
 
     sums = np.cumsum(data.degrees.astype(float) ** (beta or 0))
 
+    # Unseeded: every numba thread has a generator of its own, and only whether a draw is owned is checked.
     @numba.njit(parallel=True, cache=False)
     def draw(indptr, indices, n_items, users, out, sums, by_weight):
         for r in numba.prange(len(users)):

@@ -6,7 +6,6 @@ command first, so what a reader sees is what a reader can type.
 
 import dataclasses
 import importlib.util
-import os
 import shlex
 import subprocess
 import sys
@@ -17,19 +16,8 @@ import click
 
 from hnlm_ref import __version__
 from hnlm_ref.artifacts import STAGES, Run, is_done
-from hnlm_ref.console import QUIET, UserError, say
-from hnlm_ref.knobs import (
-    COMMON,
-    RunConfig,
-    StageCommand,
-    cast,
-    given,
-    load_preset,
-    make_run,
-    options,
-    resolve,
-    unknown,
-)
+from hnlm_ref.console import UserError, say
+from hnlm_ref.knobs import COMMON, RunConfig, StageCommand, cast, given, open_run, options, unknown
 
 
 def stage_file(stage: str) -> Path:
@@ -60,7 +48,7 @@ class _Group(click.Group):
         return load_stage(name) if name in STAGES else super().get_command(ctx, name)
 
     def resolve_command(self, ctx, args):
-        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+        if args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
             raise UserError(f"no command {args[0]!r}: {unknown(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
@@ -106,34 +94,25 @@ def _overrides(words: tuple[str, ...]) -> dict[str, dict[str, str]]:
 @click.option("-o", "overrides", multiple=True, metavar="STAGE.KEY=VALUE", help="set one knob of one stage")
 def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **params: Any) -> None:
     """Run the five stages in order, skipping what is done, and print the table of results."""
-    if quiet:
-        os.environ[QUIET] = "1"
-    tables, typed = load_preset(preset), _overrides(overrides)
-    typed_run = given(RunConfig, params)[1]
-    shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), ("command line", typed_run))
-    run = make_run(shared, preset)
-    commands = {stage: load_stage(stage) for stage in STAGES}
-    steps: list[tuple[str, Run, dict[str, Any]]] = []
-    for stage in STAGES:
-        words: dict[str, Any] = dict(typed.get(stage, {}))
-        if stage != "train":
-            steps.append((stage, run, words))
-            continue
-        for method in shared.methods:
-            for seed in range(shared.seed, shared.seed + shared.n_seeds):
-                steps.append((stage, dataclasses.replace(run, seed=seed), {"method": method, **words}))
-    for stage, _, words in steps:  # every knob is checked before anything runs
-        commands[stage].configure(tables, ("-o", words))
-    if shared.run_dir == RunConfig.run_dir and preset is None:
+    typed, typed_run = _overrides(overrides), given(RunConfig, params)[1]
+    tables, run = open_run(preset, quiet, params)
+    seeds = range(run.seed, run.seed + run.n_seeds)
+    trainings = [(dataclasses.replace(run, seed=seed), {"method": method}) for method in run.methods for seed in seeds]
+    steps: list[tuple[StageCommand, Any, Run, dict[str, Any]]] = []
+    for stage in STAGES:  # every knob is checked before anything runs
+        command = load_stage(stage)
+        for stage_run, extra in trainings if stage == "train" else [(run, {})]:
+            words: dict[str, Any] = extra | typed.get(stage, {})
+            steps.append((command, command.configure(tables, ("-o", words)), stage_run, words))
+    if preset is None and "run_dir" not in typed_run:
         say(f"no --preset: every knob has its default, the run lies in {run.dir}")
 
-    for stage, stage_run, words in steps:
-        command = commands[stage]
-        folder, _, _, key = command.plan(command.configure(tables, ("-o", words)), stage_run)
-        line = [sys.executable, str(stage_file(stage)), *(["--preset", preset] if preset else [])]
+    for command, cfg, stage_run, words in steps:
+        folder, _, _, key = command.plan(cfg, stage_run)
+        line = [sys.executable, str(stage_file(command.stage)), *(["--preset", preset] if preset else [])]
         shown = {f.name for f in command.run_fields}
         words = words | {name: value for name, value in typed_run.items() if name in shown}
-        words |= {"seed": stage_run.seed} if stage == "train" else {}
+        words |= {"seed": stage_run.seed} if command.stage == "train" else {}
         for name, value in words.items():
             line += _typed(command, name, value)
         done = is_done(run.dir / folder, key)
@@ -153,10 +132,7 @@ def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **
     """Tune every method on its [grid.METHOD], train the best with all seeds, print one table."""
     from hnlm_ref.compare import compare
 
-    if quiet:
-        os.environ[QUIET] = "1"
-    tables = load_preset(preset)
-    run = make_run(resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params)), preset)
+    tables, run = open_run(preset, quiet, params)
     files = {stage: stage_file(stage) for stage in ("train", "eval")}
     click.echo(compare(run, tables, files, tuple(filter(None, backbones.split(","))), n_jobs))
 

@@ -184,10 +184,16 @@ def given(config: type, params: dict) -> tuple[str, dict]:
     return "command line", {k: v for k, v in params.items() if k in names and v is not None}
 
 
-def make_run(run: RunConfig, preset: str | None) -> Run:
+def open_run(preset: str | None, quiet: bool, params: dict) -> tuple[dict[str, dict], Run]:
+    """The preset's tables, and the run that they and the command line ask for."""
+    if quiet:
+        os.environ[QUIET] = "1"
+    tables = load_preset(preset)
+    shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params))
     name = Path(preset).stem if preset else "custom"
-    folder = Path(run.run_dir.replace("{preset}", name))
-    return Run(folder, run.seed, run.device, run.n_threads, preset, run.methods, run.n_seeds)
+    folder = Path(shared.run_dir.replace("{preset}", name))
+    run = Run(folder, shared.seed, shared.device, shared.n_threads, preset, shared.methods, shared.n_seeds)
+    return tables, run
 
 
 class StageCommand(click.Command):
@@ -223,12 +229,8 @@ class StageCommand(click.Command):
         return self.folder(cfg, run), knobs, inputs, stage_key(knobs, run.seed, inputs, self.files(cfg), self.source)
 
     def _call(self, preset: str | None, quiet: bool, **params: Any) -> None:
-        if quiet:
-            os.environ[QUIET] = "1"
-        tables = load_preset(preset)
+        tables, run = open_run(preset, quiet, params)
         cfg = self.configure(tables, given(self.config, params))
-        shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params))
-        run = make_run(shared, preset)
         folder, knobs, inputs, key = self.plan(cfg, run)
         run_stage(folder, run, knobs, inputs, key, lambda run: self.main_function(cfg, run))
 
