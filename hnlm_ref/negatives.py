@@ -57,17 +57,17 @@ QUALITY_USERS = 1000  # Choice: figures are of at most so many users, evenly spr
 
 
 def quality(
-    matches: np.ndarray,
+    kinds: dict[str, np.ndarray],
     users: np.ndarray,
     prep: Prep,
     cf: tuple[np.ndarray, np.ndarray],
     text: tuple[np.ndarray, np.ndarray],
-) -> dict[str, float]:
-    """How hard, how false and how varied some negatives are.
+) -> dict[str, dict[str, float]]:
+    """How hard, how false and how varied some kinds of negatives are.
 
-    matches  int32 [N, m], items, -1 for none, of users int32 [N]
+    kinds    name: int32 [N, m], items, -1 for none, of users int32 [N]
     cf       warm-up vectors of users and items, text: text vectors of users and items
-    Returns  means over all matches:
+    Returns  of each kind, means over all its matches:
 
     warm_up_percentile  share of the items not taken that the warm-up scores lower: 1 is hardest, 0.5 random
     false_rate          share of negatives that are held-out positives of the user (FHNS), on valid: test stays closed
@@ -81,7 +81,7 @@ def quality(
     some = np.arange(prep.n_users)[:: -(-prep.n_users // QUALITY_USERS)]  # [S]
     row_of = np.full(prep.n_users, -1)
     row_of[some] = np.arange(len(some))
-    matches, users = matches[row_of[users] >= 0], users[row_of[users] >= 0]
+    of_some = row_of[users] >= 0  # [N]
     taken, held_out = (np.zeros((len(some), n_items), bool) for _ in range(2))
     for mark, part in ((taken, prep.train), (held_out, prep.valid)):
         u, i = part.pairs().T
@@ -95,19 +95,22 @@ def quality(
     user_text, item_text = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in text)
     popularity = np.bincount(prep.train.indices, minlength=n_items)
 
-    row, place = np.nonzero(matches >= 0)
-    u, j = users[row], matches[row, place]
-    r = row_of[u]
-    used = np.bincount(j, minlength=n_items)
-    figures = {
-        "warm_up_percentile": 1 - rank[r, j] / free[u],
-        "false_rate": held_out[r, j],
-        "false_rate_chance": prep.valid.degrees()[u] / free[u],
-        "false_rate_as_hard": as_hard[rank[r, j]],
-        "profile_similarity": (user_text[u] * item_text[j]).sum(1),
-        "popularity": np.searchsorted(np.sort(popularity), popularity)[j] / n_items,
-        "coverage": (used > 0).mean(),
-        "most_used": used.max() / max(len(j), 1),
-        "matched": (matches >= 0).any(1).mean(),
-    }
-    return {name: round(float(np.mean(values)), 5) for name, values in figures.items()}
+    def figures(matches: np.ndarray) -> dict[str, float]:
+        row, place = np.nonzero((matches >= 0) & of_some[:, None])
+        u, j = users[row], matches[row, place]
+        r = row_of[u]
+        used = np.bincount(j, minlength=n_items)
+        values = {
+            "warm_up_percentile": 1 - rank[r, j] / free[u],
+            "false_rate": held_out[r, j],
+            "false_rate_chance": prep.valid.degrees()[u] / free[u],
+            "false_rate_as_hard": as_hard[rank[r, j]],
+            "profile_similarity": (user_text[u] * item_text[j]).sum(1),
+            "popularity": np.searchsorted(np.sort(popularity), popularity)[j] / n_items,
+            "coverage": (used > 0).mean(),
+            "most_used": used.max() / max(len(j), 1),
+            "matched": (matches[of_some] >= 0).any(1).mean(),
+        }
+        return {name: round(float(np.mean(value)), 5) for name, value in values.items()}
+
+    return {name: figures(matches) for name, matches in kinds.items()}

@@ -171,7 +171,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         "nearest item": matches[:, :1],
         f"nearest {cfg.n_matches} items": matches,
     }
-    table = {name: negatives.quality(found, users, prep, cf, text) for name, found in kinds.items()}
+    table = negatives.quality(kinds, users, prep, cf, text)
     save_json(out / "quality.json", table)
     for figure in table["uniform"]:
         say(f"[generate] {figure:22}" + "".join(f"{name}: {figures[figure]:<12.4f}" for name, figures in table.items()))

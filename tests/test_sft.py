@@ -114,7 +114,7 @@ def test_quality_figures_are_those_counted_by_hand():
     text = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]])
     matches, users = np.array([[3, 1], [2, -1]]), np.array([0, 1])
     # user 0: free items 1, 2, 3 ranked so; user 1: 0, 2, 3. Matches (0, 3), (0, 1), (1, 2) have ranks 2, 0, 1 of 3.
-    found = quality(matches, users, prep_of(train, valid), cf, text)
+    found = quality({"made": matches}, users, prep_of(train, valid), cf, text)["made"]
     assert found["warm_up_percentile"] == pytest.approx((1 / 3 + 1 + 2 / 3) / 3, abs=1e-5)
     assert found["false_rate"] == pytest.approx(1 / 3, abs=1e-5)
     assert found["false_rate_chance"] == pytest.approx((1 / 3 + 1 / 3 + 0) / 3, abs=1e-5)
