@@ -1,11 +1,13 @@
 """A run's results for other programs: raw keys instead of numbers, in common formats, written in blocks."""
 
-import csv
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
+from polars import selectors
+from polars.io.plugins import register_io_source
 
 from hnlm_ref import metrics
 from hnlm_ref.artifacts import atomic, load_npy
@@ -49,7 +51,7 @@ def export(run_dir: Path, what: str, kind: str, out: Path | None = None, method:
     paths = [out / name for name in names]
     for path, blocks in zip(paths, tables.values(), strict=True):
         with atomic(path) as temporary:
-            WRITERS[kind](temporary, blocks)
+            WRITERS[kind](temporary, map(pl.DataFrame, blocks))
     return paths
 
 
@@ -102,7 +104,7 @@ def _recommendations(view: View, folder: Path) -> Iterator[Block]:
         yield {**columns, "rank": (column + 1).astype(np.int32), "score": scores[row, column]}
 
 
-# ---- formats ----------------------------------------------------------------------------------------------------
+# ---- formats------------------------------------------------------------------------------------------------
 
 # RecBole's names and types; set alias_of_item_id to [neg_item_id] and the negatives share the items' vocabulary.
 RECBOLE = {
@@ -112,54 +114,34 @@ RECBOLE = {
 }  # fmt: skip
 
 
-def _plain(column: np.ndarray) -> list:
-    """Python values; a float32 with the fewest digits that give it back."""
-    if column.ndim == 2:
-        return [_plain(row) for row in column]
-    return [float(text) for text in column.astype(str)] if column.dtype.kind == "f" else column.tolist()
-
-
-def _csv(path: Path, blocks: Iterator[Block], delimiter: str = ",", names: dict[str, str] | None = None) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        for n, block in enumerate(blocks):
-            if n == 0:
-                writer.writerow([names[column] if names else column for column in block])
-            for values in zip(*map(_plain, block.values()), strict=True):
-                writer.writerow([" ".join(map(str, v)) if isinstance(v, list) else v for v in values])
-
-
-def _jsonl(path: Path, blocks: Iterator[Block]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for block in blocks:
-            for values in zip(*map(_plain, block.values()), strict=True):
-                file.write(json.dumps(dict(zip(block, values, strict=True)), ensure_ascii=False) + "\n")
-
-
-def _npz(path: Path, blocks: Iterator[Block]) -> None:
-    held = list(blocks)
+def _npz(path: Path, frames: Iterator[pl.DataFrame]) -> None:
+    table = pl.concat(frames)
+    columns = {
+        name: np.asarray(c.to_list()) if c.dtype == pl.String else c.to_numpy() for name, c in table.to_dict().items()
+    }
     with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{name: np.concatenate([b[name] for b in held]) for name in held[0]})
+        np.savez(file, allow_pickle=False, **columns)
 
 
-def _parquet(path: Path, blocks: Iterator[Block]) -> None:
-    import polars as pl
-    from polars.io.plugins import register_io_source
-
-    frames = map(pl.DataFrame, blocks)
+def _stream(frames: Iterator[pl.DataFrame]) -> pl.LazyFrame:
     first = next(frames)
 
     def source(*_: object) -> Iterator[pl.DataFrame]:
         yield first
         yield from frames
 
-    register_io_source(source, schema=first.schema).sink_parquet(path)
+    return register_io_source(source, schema=first.schema)
 
 
-WRITERS: dict[str, Callable[[Path, Iterator[Block]], None]] = {
-    "csv": _csv,
-    "parquet": _parquet,
-    "jsonl": _jsonl,
+def _flat(frames: Iterator[pl.DataFrame]) -> pl.LazyFrame:
+    """A vector as one field, its numbers parted by blanks."""
+    return _stream(frames).with_columns(selectors.array().cast(pl.List(pl.String)).list.join(" "))
+
+
+WRITERS: dict[str, Callable[[Path, Iterator[pl.DataFrame]], Any]] = {
+    "csv": lambda path, frames: _flat(frames).sink_csv(path),
+    "parquet": lambda path, frames: _stream(frames).sink_parquet(path),
+    "jsonl": lambda path, frames: _stream(frames).sink_ndjson(path),
     "npz": _npz,
-    "recbole": lambda path, blocks: _csv(path, blocks, "\t", RECBOLE),
+    "recbole": lambda path, frames: _flat(frames).rename(RECBOLE, strict=False).sink_csv(path, separator="\t"),
 }
