@@ -154,7 +154,8 @@ def locate(path: Path) -> tuple[Path, *tuple[Path | None, ...]]:
 def _open(path: Path) -> tuple[Any, bool]:
     """The file's bytes, unpacked, and whether they were packed."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file" if not path.exists() else f"{path} is a folder; name a file")
+        missing = f"{path}: no such file; stages/DATA.md tells what is read, and where the data of the presets goes"
+        raise UserError(f"{path} is a folder; name a file" if path.exists() else missing)
     with path.open("rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
     return (gzip.open(path, "rb") if gzipped else path.open("rb")), gzipped
