@@ -73,17 +73,19 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         done, best = _load_checkpoint(checkpoint, model, optimiser)
         say(f"going on after epoch {done.epoch}")
+    users = np.ascontiguousarray(pairs[:, 0])
     all_users, all_items = (torch.from_numpy(column.astype(np.int64)).to(device) for column in pairs.T)
     for epoch in progress(range(done.epoch + 1, n_epochs + 1), desc="epochs", unit="epoch"):
         if epoch - 1 - done.best_epoch >= patience * eval_every:
             break
         started = time.perf_counter()
         torch.manual_seed(epoch_seed(seed, epoch))
-        order = torch.randperm(len(pairs))
-        drawn = torch.from_numpy(draw(pairs[order.numpy(), 0], epoch_seed(seed, epoch))).to(device)
+        order = torch.randperm(len(pairs)).to(device)
+        # In the order of the pairs, then shuffled like them: a user's neighbouring rows are drawn together, much faster.
+        drawn = torch.from_numpy(draw(users, epoch_seed(seed, epoch))).to(device)
         losses_seen, sums = 0, dict[str, Tensor | float]()
-        for rows, candidates in zip(order.to(device).split(batch_size), drawn.split(batch_size), strict=True):
-            batch = Batch(epoch, rows, all_users[rows], all_items[rows], candidates.long())
+        for rows in order.split(batch_size):
+            batch = Batch(epoch, rows, all_users[rows], all_items[rows], drawn[rows].long())
             loss, terms = batch_loss(batch, encoder.layers())
             losses_seen += 1
             if not torch.isfinite(loss):
