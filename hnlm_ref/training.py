@@ -81,7 +81,7 @@ def fit(
         started = time.perf_counter()
         torch.manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(pairs)).to(device)
-        # In the order of the pairs, then shuffled like them: a user's neighbouring rows are drawn together, much faster.
+        # In the order of the pairs, then shuffled like them: a user's rows lie together, which is drawn much faster.
         drawn = torch.from_numpy(draw(users, epoch_seed(seed, epoch))).to(device)
         losses_seen, sums = 0, dict[str, Tensor | float]()
         for rows in order.split(batch_size):
