@@ -4,7 +4,7 @@
 use half::f16;
 use numpy::ndarray::{Array, Dimension, Ix1, Ix2, Ix3};
 use numpy::{
-    Element, IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray, PyReadwriteArray2, PyUntypedArray,
+    Element, IntoPyArray, PyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray, PyUntypedArray,
     PyUntypedArrayMethods,
 };
 use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
@@ -27,23 +27,69 @@ impl From<Error> for PyErr {
 
 /// An array argument of exactly this dtype and number of dimensions, in C order: nothing is
 /// converted or copied in silence. (`as_slice` alone would also accept column-major arrays.)
-struct Input<'py, T: Element, D: Dimension>(PyReadonlyArray<'py, T, D>);
+/// Whatever comes is taken, and refused when it is read, where its name is known: PyO3 would put
+/// the name into a note beside the message.
+struct Input<'py, T: Element, D: Dimension>(std::result::Result<PyReadonlyArray<'py, T, D>, String>);
 
 impl<'a, 'py, T: Element, D: Dimension> FromPyObject<'a, 'py> for Input<'py, T, D> {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        let array = object.extract::<PyReadonlyArray<T, D>>();
-        match array {
-            Ok(array) if array.is_c_contiguous() => Ok(Self(array)),
-            _ => Err(PyTypeError::new_err(format!(
-                "expected a C-contiguous {}-dimensional {} array, found {}",
-                D::NDIM.unwrap_or(0),
-                numpy::dtype::<T>(object.py()),
-                describe(&object)
-            ))),
+        let (n, dtype) = (D::NDIM.unwrap_or(0), numpy::dtype::<T>(object.py()));
+        Ok(Self(match object.cast::<PyArray<T, D>>() {
+            Ok(array) if array.is_c_contiguous() => array.try_readonly().map_err(|error| error.to_string()),
+            _ => Err(format!("expected a C-contiguous {n}-dimensional {dtype} array, found {}", describe(&object))),
+        }))
+    }
+}
+
+impl<T: Element, D: Dimension> Input<'_, T, D> {
+    /// The numbers and the shape.
+    fn read(&self, name: &str) -> PyResult<(&[T], &[usize])> {
+        let array = self.0.as_ref().map_err(|wrong| refused(name, wrong))?;
+        Ok((array.as_slice()?, array.shape()))
+    }
+
+    fn slice(&self, name: &str) -> PyResult<&[T]> {
+        Ok(self.read(name)?.0)
+    }
+}
+
+type Ints<'py> = Input<'py, i32, Ix1>;
+type Longs<'py> = Input<'py, i64, Ix1>;
+type Table<'py> = Input<'py, f32, Ix2>;
+
+impl Table<'_> {
+    fn vectors(&self, name: &str) -> PyResult<Vectors<'_>> {
+        let (values, shape) = self.read(name)?;
+        Ok(Vectors::new(Values::F32(values), shape[1], shape[0]))
+    }
+}
+
+/// Vectors in either precision; at most one of the two could be taken.
+struct Floats<'py>(Table<'py>, Input<'py, f16, Ix2>);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Floats<'py> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        Ok(Self(object.extract()?, object.extract()?))
+    }
+}
+
+impl Floats<'_> {
+    fn vectors(&self, name: &str) -> PyResult<Vectors<'_>> {
+        match (&self.0.0, self.1.read(name)) {
+            (_, Ok((values, shape))) => Ok(Vectors::new(Values::F16(values), shape[1], shape[0])),
+            (Err(wrong), _) => Err(refused(name, &wrong.replacen("float32", "float32 or float16", 1))),
+            _ => self.0.vectors(name),
         }
     }
+}
+
+/// The TypeError of a wrong argument.
+fn refused(name: &str, wrong: &str) -> PyErr {
+    PyTypeError::new_err(format!("argument '{name}': {wrong}"))
 }
 
 /// What was passed instead of the expected array.
@@ -57,58 +103,44 @@ fn describe(object: &Bound<'_, PyAny>) -> String {
     }
 }
 
-impl<T: Element, D: Dimension> Input<'_, T, D> {
-    fn slice(&self) -> &[T] {
-        self.0.as_slice().unwrap_or(&[]) // contiguous: checked when it was made
+/// Numbers and texts, by `from_py_with` under the name of their argument for the same reason.
+mod named {
+    use super::*;
+
+    macro_rules! arguments {
+        ($check:ident: $($name:ident -> $type:ty),*) => { $(
+            pub fn $name(object: &Bound<'_, PyAny>) -> PyResult<$type> {
+                $check(stringify!($name), object)
+            }
+        )* };
     }
+    arguments!(whole: n_items -> usize, n_negatives -> usize, seed -> u64, k -> usize, n_threads -> usize);
+    arguments!(number: min_similarity -> f32, max_similarity -> f32);
+    arguments!(text: titles -> Vec<String>, catalogue -> Vec<String>, name -> String);
 
-    fn shape(&self) -> &[usize] {
-        self.0.shape()
-    }
-}
-
-type Ints<'py> = Input<'py, i32, Ix1>;
-type Longs<'py> = Input<'py, i64, Ix1>;
-type Table<'py> = Input<'py, f32, Ix2>;
-
-/// A whole number that fits its purpose; a negative one is a ValueError with the argument's name.
-fn natural<T: TryFrom<i128>>(name: &'static str, value: i128) -> Result<T> {
-    let expected = "a whole number from 0 up, of at most 64 bits";
-    T::try_from(value).map_err(|_| Error::Argument { name, found: value.to_string(), expected })
-}
-
-/// Vectors in either precision.
-enum Floats<'py> {
-    Single(Table<'py>),
-    Half(Input<'py, f16, Ix2>),
-}
-
-impl<'a, 'py> FromPyObject<'a, 'py> for Floats<'py> {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
-        if let Ok(half) = object.extract() {
-            return Ok(Self::Half(half));
+    fn whole<T: TryFrom<i128>>(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<T> {
+        let value = object.extract::<i128>();
+        if value.as_ref().is_err_and(|error| error.is_instance_of::<PyTypeError>(object.py())) {
+            return Err(refused(name, &format!("expected a whole number, found {}", describe(object))));
         }
-        object.extract().map(Self::Single).map_err(|_| {
-            let expected = "a C-contiguous 2-dimensional float32 or float16 array";
-            PyTypeError::new_err(format!("expected {expected}, found {}", describe(&object)))
-        })
+        let expected = "a whole number from 0 up, of at most 64 bits";
+        let wrong = Error::Argument { name, found: object.to_string(), expected };
+        Ok(value.ok().and_then(|value| T::try_from(value).ok()).ok_or(wrong)?)
     }
-}
 
-impl Floats<'_> {
-    fn vectors(&self) -> Vectors<'_> {
-        match self {
-            Self::Single(table) => table.vectors(),
-            Self::Half(table) => Vectors::new(Values::F16(table.slice()), table.shape()[1], table.shape()[0]),
+    fn number(name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<f32> {
+        let wrong = |_| refused(name, &format!("expected a number, found {}", describe(object)));
+        let value: f32 = object.extract().map_err(wrong)?;
+        if value.is_nan() {
+            return Err(Error::Argument { name, found: "NaN".into(), expected: "a number" }.into());
         }
+        Ok(value)
     }
-}
 
-impl Table<'_> {
-    fn vectors(&self) -> Vectors<'_> {
-        Vectors::new(Values::F32(self.slice()), self.shape()[1], self.shape()[0])
+    fn text<'py, T: FromPyObjectOwned<'py>>(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<T> {
+        let wrong =
+            |error: T::Error| refused(name, &format!("expected text, found {}: {}", describe(object), error.into()));
+        object.extract().map_err(wrong)
     }
 }
 
@@ -117,7 +149,7 @@ type Lists<'py> = (Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f32>>);
 
 /// Runs `fill` without the interpreter lock on fresh `[rows, k]` arrays of items and scores.
 fn lists<'py>(
-    py: Python<'py>, (rows, k): (usize, usize), n_threads: i128,
+    py: Python<'py>, (rows, k): (usize, usize), n_threads: usize,
     fill: impl FnOnce(&mut [i32], &mut [f32]) -> Result<()> + Send,
 ) -> PyResult<Lists<'py>> {
     let size = checked_size(rows, k)?;
@@ -134,9 +166,7 @@ fn checked_size(rows: usize, k: usize) -> Result<usize> {
     rows.checked_mul(k).filter(|size| *size < 1 << 40).ok_or(too_long)
 }
 
-fn shaped<T: Element, D: Dimension>(
-    py: Python<'_>, values: Vec<T>, shape: D,
-) -> PyResult<Bound<'_, numpy::PyArray<T, D>>> {
+fn shaped<T: Element, D: Dimension>(py: Python<'_>, values: Vec<T>, shape: D) -> PyResult<Bound<'_, PyArray<T, D>>> {
     let array = Array::from_shape_vec(shape, values).map_err(|error| PyValueError::new_err(error.to_string()))?;
     Ok(array.into_pyarray(py))
 }
@@ -167,12 +197,13 @@ fn expect(name: &'static str, found: usize, expected: usize) -> Result<()> {
 #[pyo3(signature = (indptr, indices, n_items, users, n_negatives, seed, n_threads=0, out=None))]
 #[allow(clippy::too_many_arguments)]
 fn sample_uniform<'py>(
-    py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, n_items: i128, users: Ints<'py>, n_negatives: i128,
-    seed: i128, n_threads: i128, out: Option<Bound<'py, PyAny>>,
+    py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, #[pyo3(from_py_with = named::n_items)] n_items: usize,
+    users: Ints<'py>, #[pyo3(from_py_with = named::n_negatives)] n_negatives: usize,
+    #[pyo3(from_py_with = named::seed)] seed: u64, #[pyo3(from_py_with = named::n_threads)] n_threads: usize,
+    out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
-    let csr = CsrView::new(indptr.slice(), indices.slice(), natural("n_items", n_items)?)?;
-    let users = users.slice();
-    let (n_negatives, seed) = (natural("n_negatives", n_negatives)?, natural("seed", seed)?);
+    let csr = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, n_items)?;
+    let users = users.slice("users")?;
     draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
         candidates::sample_uniform(csr, users, n_negatives, seed, out)
     })
@@ -195,11 +226,11 @@ fn sample_uniform<'py>(
 #[allow(clippy::too_many_arguments)]
 fn sample_popularity<'py>(
     py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, weights: Input<'py, f64, Ix1>, users: Ints<'py>,
-    n_negatives: i128, seed: i128, n_threads: i128, out: Option<Bound<'py, PyAny>>,
+    #[pyo3(from_py_with = named::n_negatives)] n_negatives: usize, #[pyo3(from_py_with = named::seed)] seed: u64,
+    #[pyo3(from_py_with = named::n_threads)] n_threads: usize, out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
-    let (weights, users) = (weights.slice(), users.slice());
-    let csr = CsrView::new(indptr.slice(), indices.slice(), weights.len())?;
-    let (n_negatives, seed) = (natural("n_negatives", n_negatives)?, natural("seed", seed)?);
+    let (weights, users) = (weights.slice("weights")?, users.slice("users")?);
+    let csr = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, weights.len())?;
     draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
         candidates::sample_popularity(csr, weights, users, n_negatives, seed, out)
     })
@@ -207,7 +238,7 @@ fn sample_popularity<'py>(
 
 /// Runs `fill` without the interpreter lock on `out` or on a fresh array.
 fn draw_into<'py>(
-    py: Python<'py>, (rows, n): (usize, usize), n_threads: i128, out: Option<Bound<'py, PyAny>>,
+    py: Python<'py>, (rows, n): (usize, usize), n_threads: usize, out: Option<Bound<'py, PyAny>>,
     fill: impl FnOnce(&mut [i32]) -> Result<()> + Send,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
     let Some(out) = out else {
@@ -215,11 +246,10 @@ fn draw_into<'py>(
         py.detach(|| threads::run(n_threads, || fill(&mut fresh)))?;
         return shaped(py, fresh, Ix2(rows, n));
     };
-    let refused = || format!("argument 'out': expected a writable C-contiguous int32 array, found {}", describe(&out));
-    let mut target = out.extract::<PyReadwriteArray2<i32>>().map_err(|_| PyTypeError::new_err(refused()))?;
-    if !target.is_c_contiguous() {
-        return Err(PyTypeError::new_err(refused()));
-    }
+    let expected = "expected a writable C-contiguous 2-dimensional int32 array that no other argument shares";
+    let wrong = || refused("out", &format!("{expected}, found {}", describe(&out)));
+    let target = out.cast::<PyArray2<i32>>().ok().filter(|array| array.is_c_contiguous());
+    let mut target = target.and_then(|array| array.try_readwrite().ok()).ok_or_else(wrong)?;
     if target.shape() != [rows, n] {
         return Err(PyValueError::new_err(format!("out has shape {:?}, expected [{rows}, {n}]", target.shape())));
     }
@@ -244,14 +274,13 @@ fn draw_into<'py>(
 fn filter_candidates<'py>(
     py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, users: Ints<'py>, candidates: Input<'py, i32, Ix2>,
 ) -> PyResult<Filtered<'py>> {
-    let csr = CsrView::new(indptr.slice(), indices.slice(), i32::MAX as usize)?;
-    let users = users.slice();
-    let shape = Ix2(candidates.shape()[0], candidates.shape()[1]);
+    let csr = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, i32::MAX as usize)?;
+    let users = users.slice("users")?;
+    let (candidates, shape) = candidates.read("candidates")?;
     expect("users", users.len(), shape[0])?;
-    let candidates = candidates.slice();
     let (mut out, mut kept) = (vec![-1; candidates.len()], vec![0; users.len()]);
     py.detach(|| candidates::filter_candidates(csr, users, candidates, &mut out, &mut kept))?;
-    Ok((shaped(py, out, shape)?, kept.into_pyarray(py)))
+    Ok((shaped(py, out, Ix2(shape[0], shape[1]))?, kept.into_pyarray(py)))
 }
 
 /// Find the catalogue items nearest to each generated vector, by cosine, without the user's own items.
@@ -283,25 +312,19 @@ fn filter_candidates<'py>(
 #[allow(clippy::too_many_arguments)]
 fn match_items<'py>(
     py: Python<'py>, queries: Floats<'py>, items: Floats<'py>, users: Ints<'py>, indptr: Longs<'py>,
-    indices: Ints<'py>, k: i128, min_similarity: f32, max_similarity: f32, n_threads: i128,
+    indices: Ints<'py>, #[pyo3(from_py_with = named::k)] k: usize,
+    #[pyo3(from_py_with = named::min_similarity)] min_similarity: f32,
+    #[pyo3(from_py_with = named::max_similarity)] max_similarity: f32,
+    #[pyo3(from_py_with = named::n_threads)] n_threads: usize,
 ) -> PyResult<Lists<'py>> {
-    let (queries, items, users) = (queries.vectors(), items.vectors(), users.slice());
+    let (queries, items, users) = (queries.vectors("queries")?, items.vectors("items")?, users.slice("users")?);
     expect("items (dimensions)", items.dim, queries.dim)?;
     expect("users", users.len(), queries.len)?;
-    let band =
-        Band { min: not_nan("min_similarity", min_similarity)?, max: not_nan("max_similarity", max_similarity)? };
-    let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
-    let k = natural("k", k)?;
+    let band = Band { min: min_similarity, max: max_similarity };
+    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, items.len)?;
     lists(py, (queries.len, k), n_threads, |found, scores| {
         matching::match_items(queries, items, users, excluded, k, band, (found, scores))
     })
-}
-
-fn not_nan(name: &'static str, value: f32) -> Result<f32> {
-    if value.is_nan() {
-        return Err(Error::Argument { name, found: "NaN".into(), expected: "a number" });
-    }
-    Ok(value)
 }
 
 /// Find the catalogue titles most like each generated title, without the user's own items.
@@ -322,16 +345,16 @@ fn not_nan(name: &'static str, value: f32) -> Result<f32> {
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn match_titles<'py>(
-    py: Python<'py>, titles: Vec<String>, catalogue: Vec<String>, users: Ints<'py>, indptr: Longs<'py>,
-    indices: Ints<'py>, k: i128, min_similarity: f32,
+    py: Python<'py>, #[pyo3(from_py_with = named::titles)] titles: Vec<String>,
+    #[pyo3(from_py_with = named::catalogue)] catalogue: Vec<String>, users: Ints<'py>, indptr: Longs<'py>,
+    indices: Ints<'py>, #[pyo3(from_py_with = named::k)] k: usize,
+    #[pyo3(from_py_with = named::min_similarity)] min_similarity: f32,
 ) -> PyResult<Lists<'py>> {
-    let users = users.slice();
+    let users = users.slice("users")?;
     expect("users", users.len(), titles.len())?;
-    let floor = not_nan("min_similarity", min_similarity)?;
-    let excluded = CsrView::new(indptr.slice(), indices.slice(), catalogue.len())?;
-    let k = natural("k", k)?;
+    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, catalogue.len())?;
     lists(py, (titles.len(), k), 0, |found, scores| {
-        matching::match_titles(&titles, &catalogue, users, excluded, k, floor, (found, scores))
+        matching::match_titles(&titles, &catalogue, users, excluded, k, min_similarity, (found, scores))
     })
 }
 
@@ -355,13 +378,12 @@ fn match_titles<'py>(
 #[pyfunction]
 #[pyo3(name = "topk", signature = (user_emb, item_emb, indptr, indices, k, n_threads=0))]
 fn topk_py<'py>(
-    py: Python<'py>, user_emb: Table<'py>, item_emb: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>, k: i128,
-    n_threads: i128,
+    py: Python<'py>, user_emb: Table<'py>, item_emb: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>,
+    #[pyo3(from_py_with = named::k)] k: usize, #[pyo3(from_py_with = named::n_threads)] n_threads: usize,
 ) -> PyResult<Lists<'py>> {
-    let (users, items) = (user_emb.vectors(), item_emb.vectors());
+    let (users, items) = (user_emb.vectors("user_emb")?, item_emb.vectors("item_emb")?);
     expect("item_emb (dimensions)", items.dim, users.dim)?;
-    let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
-    let k = natural("k", k)?;
+    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, items.len)?;
     lists(py, (users.len, k), n_threads, |found, scores| topk::topk(&users, &items, excluded, k, found, scores))
 }
 
@@ -377,13 +399,13 @@ fn topk_py<'py>(
 #[pyfunction]
 #[pyo3(signature = (scores, indptr, indices, k, n_threads=0))]
 fn topk_scores<'py>(
-    py: Python<'py>, scores: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>, k: i128, n_threads: i128,
+    py: Python<'py>, scores: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>,
+    #[pyo3(from_py_with = named::k)] k: usize, #[pyo3(from_py_with = named::n_threads)] n_threads: usize,
 ) -> PyResult<Lists<'py>> {
-    let (n_users, n_items) = (scores.shape()[0], scores.shape()[1]);
-    let matrix = scores.slice();
-    let excluded = CsrView::new(indptr.slice(), indices.slice(), n_items)?;
+    let (matrix, shape) = scores.read("scores")?;
+    let (n_users, n_items) = (shape[0], shape[1]);
+    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, n_items)?;
     excluded.expect_rows(n_users)?;
-    let k = natural("k", k)?;
     lists(py, (n_users, k), n_threads, |found, best| topk::topk_scores(matrix, excluded, k, found, best))
 }
 
@@ -401,13 +423,15 @@ fn topk_scores<'py>(
 #[allow(clippy::too_many_arguments)]
 fn test_ranks<'py>(
     py: Python<'py>, user_emb: Table<'py>, item_emb: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>,
-    test_indptr: Longs<'py>, test_indices: Ints<'py>, k: i128, n_threads: i128,
+    test_indptr: Longs<'py>, test_indices: Ints<'py>, #[pyo3(from_py_with = named::k)] k: usize,
+    #[pyo3(from_py_with = named::n_threads)] n_threads: usize,
 ) -> PyResult<Bound<'py, PyArray1<i32>>> {
-    let (users, items) = (user_emb.vectors(), item_emb.vectors());
+    let (users, items) = (user_emb.vectors("user_emb")?, item_emb.vectors("item_emb")?);
     expect("item_emb (dimensions)", items.dim, users.dim)?;
-    let excluded = CsrView::new(indptr.slice(), indices.slice(), items.len)?;
-    let held_out = CsrView::held_out(test_indptr.slice(), test_indices.slice(), items.len)?;
-    let (k, mut ranks) = (natural("k", k)?, vec![0; held_out.nnz()]);
+    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, items.len)?;
+    let held_out =
+        CsrView::held_out(test_indptr.slice("test_indptr")?, test_indices.slice("test_indices")?, items.len)?;
+    let mut ranks = vec![0; held_out.nnz()];
     py.detach(|| threads::run(n_threads, || topk::test_ranks(&users, &items, excluded, held_out, k, &mut ranks)))?;
     Ok(ranks.into_pyarray(py))
 }
@@ -425,11 +449,12 @@ fn test_ranks<'py>(
 fn ranks_in_lists<'py>(
     py: Python<'py>, topk: Input<'py, i32, Ix2>, test_indptr: Longs<'py>, test_indices: Ints<'py>,
 ) -> PyResult<Bound<'py, PyArray1<i32>>> {
-    let held_out = CsrView::held_out(test_indptr.slice(), test_indices.slice(), i32::MAX as usize)?;
-    held_out.expect_rows(topk.shape()[0])?;
-    let (found, k) = (topk.slice(), topk.shape()[1]);
+    let held_out =
+        CsrView::held_out(test_indptr.slice("test_indptr")?, test_indices.slice("test_indices")?, i32::MAX as usize)?;
+    let (found, shape) = topk.read("topk")?;
+    held_out.expect_rows(shape[0])?;
     let mut ranks = vec![0; held_out.nnz()];
-    py.detach(|| metrics::ranks_in_lists(found, k, held_out, &mut ranks))?;
+    py.detach(|| metrics::ranks_in_lists(found, shape[1], held_out, &mut ranks))?;
     Ok(ranks.into_pyarray(py))
 }
 
@@ -451,8 +476,8 @@ fn ranks_in_lists<'py>(
 fn user_metrics<'py>(
     py: Python<'py>, ranks: Ints<'py>, test_indptr: Longs<'py>, ks: Longs<'py>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let (ranks, ks) = (ranks.slice(), ks.slice());
-    let frame = CsrView::held_out(test_indptr.slice(), ranks, i32::MAX as usize)?;
+    let (ranks, ks) = (ranks.slice("ranks")?, ks.slice("ks")?);
+    let frame = CsrView::held_out(test_indptr.slice("test_indptr")?, ranks, i32::MAX as usize)?;
     let shape = Ix3(metrics::N_METRICS, ks.len(), frame.n_rows());
     let mut out = vec![f64::NAN; shape.size()];
     py.detach(|| {
@@ -470,12 +495,12 @@ fn kernels() -> Vec<&'static str> {
 
 /// Make all later calls use one of `kernels()`; for tests and benches. ValueError for any other name.
 #[pyfunction]
-fn use_kernel(name: &str) -> PyResult<()> {
-    if simd::choose(name) {
+fn use_kernel(#[pyo3(from_py_with = named::name)] name: String) -> PyResult<()> {
+    if simd::choose(&name) {
         return Ok(());
     }
     let expected = "one of kernels()";
-    Err(Error::Argument { name: "name", found: name.into(), expected }.into())
+    Err(Error::Argument { name: "name", found: name, expected }.into())
 }
 
 /// Whether the extension was built without optimisation; benches refuse such a build.

@@ -15,16 +15,15 @@ type Pools = HashMap<(u32, usize), Arc<ThreadPool>>;
 static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
 
 /// Runs `job` on `n_threads` threads; 0 means one per core.
-pub fn run<T: Send>(n_threads: i128, job: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub fn run<T: Send>(n_threads: usize, job: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     pool(n_threads)?.install(job)
 }
 
-fn pool(n_threads: i128) -> Result<Arc<ThreadPool>> {
+fn pool(n_threads: usize) -> Result<Arc<ThreadPool>> {
     let refused = Error::Argument { name: "n_threads", found: n_threads.to_string(), expected: "0 to 1024" };
-    if !(0..=1024).contains(&n_threads) {
+    if n_threads > 1024 {
         return Err(refused);
     }
-    let n_threads = n_threads as usize;
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
     let pools = pools.get_or_insert_default();
     let key = (std::process::id(), n_threads);
