@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hnlm_ref.artifacts import atomic, load_json, resolve_path, save_json
+from hnlm_ref.artifacts import atomic, load_json, load_npy, resolve_path, save_json
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
@@ -128,12 +128,17 @@ def add_lora(llm: Any, rank: int, alpha: int, dropout: float) -> Any:
     return peft.get_peft_model(llm, config)
 
 
-def load_lora(llm: Any, folder: Path) -> Any:
+def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
     """Put a saved adapter on `llm`. A folder that is none, or holds other weights, is a UserError (cases D07, D08)."""
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         raise UserError(f"{folder}: no PEFT adapter there (adapter_model.safetensors is missing)")
-    model = peft.PeftModel.from_pretrained(llm, folder)
+    try:
+        model = peft.PeftModel.from_pretrained(llm, folder, is_trainable=trainable)
+    except RuntimeError as error:  # weights of another shape
+        raise UserError(
+            f"{folder}: the adapter does not belong to this model: {str(error).splitlines()[-1]}"
+        ) from error
     saved, wanted = set(load_file(file)), set(peft.get_peft_model_state_dict(model))
     if saved != wanted:
         raise UserError(
@@ -355,14 +360,19 @@ class NegativeModel(nn.Module):
         own = {name: t.cpu().contiguous() for name, t in self.state_dict().items() if not name.startswith("llm.")}
         save_file(own, folder / "projections.safetensors")
 
+    def load_projections(self, folder: Path, head: bool = True) -> None:
+        """The soft tokens of a saved model, and its head unless that is left out."""
+        own = load_file(folder / "projections.safetensors")
+        own = {name: t for name, t in own.items() if head or not name.startswith("head.")}
+        unexpected = self.load_state_dict(own, strict=False).unexpected_keys
+        assert not unexpected
+
 
 def load_negative_model(llm: Any, folder: Path, cf_user: np.ndarray, cf_item: np.ndarray) -> NegativeModel:
     """The tuned model of a finished sft/ folder, on the untuned `llm` it was made from."""
-    llm = load_lora(llm, folder / "adapter")
-    own = load_file(folder / "projections.safetensors")
-    model = NegativeModel(llm, cf_user, cf_item, len(own["head.linear.bias"]))
-    _, unexpected = model.load_state_dict(own, strict=False)
-    assert not unexpected
+    d_out = load_npy(folder / "targets.npy", mmap=True).shape[1]
+    model = NegativeModel(load_lora(llm, folder / "adapter"), cf_user, cf_item, d_out)
+    model.load_projections(folder)
     return model.eval()
 
 

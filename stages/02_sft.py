@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, load_npy, save_jsonl, save_npy
+from hnlm_ref.artifacts import Run, load_npy, resolve_path, save_jsonl, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 
@@ -31,6 +31,9 @@ class SftConfig:
     checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     max_user_tokens: int = knob(64, "tokens of a prompt's user part, instruction included", low=1)
     max_item_tokens: int = knob(24, "tokens of a prompt's item part, soft tokens and EOS included", low=1)
+    init_from: str | None = knob(
+        None, "sft folder of another run: LoRA and soft tokens start from it; with n_epochs 0 that is transfer"
+    )
     lora_rank: int = knob(32, "rank of LoRA (r)", low=1)
     lora_alpha: int = knob(64, "scale of LoRA is alpha / r", low=1)
     lora_dropout: float = knob(0.05, "dropout in LoRA", low=0, high=1)
@@ -53,7 +56,7 @@ class SftConfig:
     catalogue_weight: float = knob(0.5, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
     catalogue_temperature: float = knob(0.1, "temperature of that softmax", low=1e-6)
     probe_users: int = knob(320, "users from whose pairs the head is solved before tuning", low=1)
-    n_epochs: int = knob(1, "passes over the triplets", low=1)
+    n_epochs: int = knob(1, "passes over the triplets; 0: only the head is solved", low=0)
     batch_size: int = knob(4, "users per forward pass", low=1)
     grad_accum: int = knob(1, "forward passes per optimiser step", low=1)
     warmup_steps: int = knob(5, "steps over which the learning rate rises; it then falls linearly", low=0)
@@ -131,9 +134,13 @@ def main(cfg: SftConfig, run: Run) -> dict:
 
     # The model: frozen weights, LoRA, soft tokens, head.
     torch.manual_seed(run.seed)
-    model = llm.NegativeModel(
-        llm.add_lora(base, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout), cf_user, cf_item, targets.shape[1]
-    )
+    if cfg.init_from:
+        lora = llm.load_lora(base, resolve_path(cfg.init_from) / "adapter", trainable=True)
+    else:
+        lora = llm.add_lora(base, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
+    model = llm.NegativeModel(lora, cf_user, cf_item, targets.shape[1])
+    if cfg.init_from:  # not the head: the warm-up spaces of two data sets have nothing to do with each other
+        model.load_projections(resolve_path(cfg.init_from), head=False)
     if cfg.checkpointing:
         llm.recompute_activations(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -237,13 +244,15 @@ def main(cfg: SftConfig, run: Run) -> dict:
             t.copy_(best[name])
     model.save(out)
     save_jsonl(out / "log.jsonl", state["log"])
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     kept = next(line for line in state["log"][1:] if line["held_out_objective"] == state["best"])
     return {"counts": {"triplets": n_triplets, "steps": state["step"], "before": state["log"][0], "kept": kept}}
 
 
-command = stage_command(
-    "sft", SftConfig, main, reads=("prep",), files=lambda cfg: [] if cfg.model == "tiny" else [cfg.model]
-)
+def files(cfg: SftConfig) -> list[str]:
+    return [name for name in (cfg.model, cfg.init_from) if name not in (None, "tiny")]
+
+
+command = stage_command("sft", SftConfig, main, reads=("prep",), files=files)
 if __name__ == "__main__":
     command()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, load_npy, resolve_path, save_json, save_npy
+from hnlm_ref.artifacts import Run, load_npy, save_json, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 from hnlm_ref.profiles import AskConfig
@@ -29,7 +29,6 @@ class GenerateConfig(AskConfig):
 
     mode: str = knob("embedding", "h(u, i), or a title the untuned model writes", ("embedding", "text"))
     tuned: bool = knob(True, "embedding: with the adapter of stage 2; without it, zero-shot vectors")
-    sft_dir: str | None = knob(None, "sft folder of another run, whose adapter is used (transfer); none: this run's")
     pairs_per_user: int = knob(0, "pairs of a user, drawn at random; 0: all training pairs", low=0)
     # speed
     batch_size: int = knob(4, "rows per forward pass, a row being a user with some pairs", low=1)
@@ -91,7 +90,6 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         for kinds in (("cf_user", "cf_item"), ("user_text", "item_text"))
     )
     llm.set_threads(run.n_threads)
-    adapter = resolve_path(cfg.sft_dir) if cfg.sft_dir else sft
     counts: dict[str, Any] = {}
     timing: dict[str, float] = {}
 
@@ -110,7 +108,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             for low in range(start, end, cfg.pairs_per_row)
         ]
         if cfg.tuned:
-            model = llm.load_negative_model(base, adapter, *cf)
+            model = llm.load_negative_model(base, sft, *cf)
         else:
             model = lambda batch: (llm.embed(base, batch, pooling="mean"), None)  # noqa: E731
 
@@ -181,12 +179,6 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     return {"counts": counts, "timing": timing}
 
 
-command = stage_command(
-    "generate",
-    GenerateConfig,
-    main,
-    reads=("prep", "sft"),
-    files=lambda cfg: [cfg.sft_dir] if cfg.sft_dir else [],
-)
+command = stage_command("generate", GenerateConfig, main, reads=("prep", "sft"))
 if __name__ == "__main__":
     command()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hnlm_ref import losses
-from hnlm_ref.artifacts import Csr, Prep, load_json, load_jsonl, load_npy
+from hnlm_ref.artifacts import Csr, Prep, load_json, load_jsonl, load_npy, save_json
 from hnlm_ref.cli import load_stage, stage_file
 from hnlm_ref.console import UserError
 from hnlm_ref.negatives import choose_pairs, mine_triplets, quality
@@ -201,3 +201,31 @@ def test_a_window_without_ranks_and_too_many_held_out_are_told(toy_run, tmp_path
         with pytest.raises(UserError, match=message):
             run_stage("sft", run, *words)
         assert not (run / "sft").exists()
+
+
+def test_transfer_keeps_the_tuned_weights_and_solves_a_head_of_its_own(toy_run, cli, tmp_path):
+    other = ("--preset", "toy", "--run-dir", tmp_path / "run", "--seed", "1")
+    assert cli("prep", *other).returncode == 0
+    done = cli("sft", *other, "--init-from", toy_run / "sft", "--n-epochs", "0")
+    assert done.returncode == 0, done.stderr
+    there, here = toy_run / "sft", tmp_path / "run" / "sft"
+    weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (there, here)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(name.endswith("lora_B.weight") and weight.abs().sum() > 0 for name, weight in weights[1].items())
+    own = [load_file(folder / "projections.safetensors") for folder in (there, here)]
+    same = {name for name in own[0] if torch.equal(own[0][name], own[1][name])}
+    assert same == {name for name in own[0] if not name.startswith("head.")}
+    assert [line["head"] for line in load_jsonl(here / "log.jsonl")] == ["random", "solved"]  # and no step
+    assert cli("generate", *other).returncode == 0
+
+
+def test_an_adapter_of_another_shape_is_refused(toy_run, cli, tmp_path):
+    folder = shutil.copytree(toy_run / "sft", tmp_path / "sft")
+    config = load_json(folder / "adapter" / "adapter_config.json")
+    save_json(folder / "adapter" / "adapter_config.json", config | {"r": config["r"] + 1})
+    words = ("--preset", "toy", "--run-dir", tmp_path / "run")
+    assert cli("prep", *words).returncode == 0
+    done = cli("sft", *words, "--init-from", folder)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{folder / 'adapter'}: the adapter does not belong to this model" in done.stderr
