@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import shutil
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from hnlm_ref import __version__
-from hnlm_ref.console import UserError, say
+from hnlm_ref.console import QUIET, UserError, say
 
 STAGES = ("prep", "sft", "generate", "train", "eval")
 LARGE = 1 << 28  # bytes; Choice: larger input files are known by size and time of change, not by content
@@ -297,23 +298,35 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
 
     Work in progress lies in a hidden folder that is kept when the process dies, so `main` may find checkpoints of its
     own there; another key wipes it. The finished folder of an earlier run stays until the new one is whole.
+    Under torchrun or `accelerate launch` every process calls `main`, but only the first one touches the folder here.
     """
     final = run.dir / stage
-    if is_done(final, key):
-        say(f"[{stage}] done before, nothing changed: {final}")
-        return
     partial = final.with_name(f".{final.name}.partial")
     key_file = partial / "key"
     started = time.time()
+    done, moving = is_done(final, key), is_done(partial, key)  # moving: died between the manifest and the rename
+    team = _team(stage, run)
+    leads = team is None or team.is_main_process
+    if done:
+        say(f"[{stage}] done before, nothing changed: {final}")
+        return
     try:
-        if is_done(partial, key):  # died between the manifest and the rename
-            _promote(partial, final)
+        if moving:
+            if leads:
+                _promote(partial, final)
             return
-        if not key_file.exists() or key_file.read_text(encoding="utf-8") != key:
+        if leads and (not key_file.exists() or key_file.read_text(encoding="utf-8") != key):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             key_file.write_text(key, encoding="utf-8")
+        if team:
+            team.wait_for_everyone()  # the folder is ready
         result = main(replace(run, out=partial))
+        if team:
+            team.wait_for_everyone()
+            team.destroy_process_group()
+        if not leads:
+            return
         outputs = [p for p in sorted(partial.rglob("*")) if p.is_file() and p != key_file and p.stem != "report"]
         hashes = {p.relative_to(partial).as_posix(): _sha256(p) for p in outputs}
         seconds = round(time.time() - started, 2)
@@ -346,9 +359,24 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             "--checkpointing or --load-in-4bit; what is finished is kept, the next start goes on from there"
         ) from error  # case D21
     finally:
-        if partial.is_dir() and [p.name for p in partial.iterdir()] == ["key"]:
+        if leads and partial.is_dir() and [p.name for p in partial.iterdir()] == ["key"]:
             shutil.rmtree(partial)  # nothing to resume from
     say(f"[{stage}] {seconds:.1f} s, written to {final}")
+
+
+def _team(stage: str, run: Run) -> Any:
+    """The processes that torchrun or `accelerate launch` started to share the work; None for one process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    if stage not in ("sft", "generate"):
+        raise UserError(f"[{stage}] runs in one process; only sft and generate share their work among several")
+    import accelerate
+
+    team = accelerate.PartialState(cpu=run.device == "cpu")
+    if not team.is_main_process:
+        os.environ[QUIET] = "1"
+    team.wait_for_everyone()  # nobody changes anything before all have looked
+    return team
 
 
 def _promote(partial: Path, final: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the import: no fork warnings (case D16)
 
+import accelerate
 import numpy as np
 import peft
 import torch
@@ -460,6 +461,13 @@ def load_checkpoint(path: Path, learnt: dict[str, Tensor], optimiser: Any) -> tu
 def set_threads(n_threads: int) -> None:
     if n_threads:
         torch.set_num_threads(n_threads)
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    """Every process gets the sum of all processes' gradients; who had no share of the batch counts as zero."""
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for p, total in zip(parameters, accelerate.utils.reduce(own, "sum"), strict=True):
+        p.grad = total
 
 
 def recompute_activations(model: NegativeModel) -> None:

@@ -65,6 +65,7 @@ class SftConfig:
 
 
 def main(cfg: SftConfig, run: Run) -> dict:
+    import accelerate
     import torch
 
     from hnlm_ref import llm, losses
@@ -77,32 +78,36 @@ def main(cfg: SftConfig, run: Run) -> dict:
         raise UserError(f"rank_from {cfg.rank_from} and rank_to {cfg.rank_to} leave no rank to mine from")
     prep, out, device = run.prep(), run.out, run.device
     llm.set_threads(run.n_threads)
+    team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the steps: one, unless launched so
 
     # The collaborative signal c_u, c_i: from train alone, early-stopped on valid.
-    if not (out / "cf_item.npy").exists():
-        tables = warm_up(prep.train, prep.valid, seed=run.seed, device=device, n_threads=run.n_threads)
-        for name, table in zip(("cf_user", "cf_item"), tables, strict=True):
-            save_npy(out / f"{name}.npy", table)
+    with team.main_process_first():
+        if not (out / "cf_item.npy").exists():
+            tables = warm_up(prep.train, prep.valid, seed=run.seed, device=device, n_threads=run.n_threads)
+            for name, table in zip(("cf_user", "cf_item"), tables, strict=True):
+                save_npy(out / f"{name}.npy", table)
     cf_user, cf_item = load_npy(out / "cf_user.npy"), load_npy(out / "cf_item.npy")  # [U, d_cf], [I, d_cf]
 
     # Text vectors of the untuned model, for targets, guards and text-enhanced recommenders.
     base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
-    if not (out / "user_text.npy").exists():
-        item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
-        save_npy(out / "item_text.npy", item_text)
-        if run.manifest("prep")["knobs"]["profiles"] == "template":
-            # Choice: a template profile is a list of titles; its vector is the mean over the user's training items.
-            rows, items = prep.train.pairs().T
-            user_text = np.zeros((prep.n_users, item_text.shape[1]), np.float32)
-            np.add.at(user_text, rows, item_text[items] / prep.train.degrees()[rows, None])
-        else:
-            user_text = llm.text_vectors(base, tokenizer, [user["profile"] for user in prep.users])
-        save_npy(out / "user_text.npy", user_text)
+    with team.main_process_first():
+        if not (out / "user_text.npy").exists():
+            item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
+            save_npy(out / "item_text.npy", item_text)
+            if run.manifest("prep")["knobs"]["profiles"] == "template":
+                # Choice: a template profile is a list of titles; its vector is the mean of the user's training items.
+                rows, items = prep.train.pairs().T
+                user_text = np.zeros((prep.n_users, item_text.shape[1]), np.float32)
+                np.add.at(user_text, rows, item_text[items] / prep.train.degrees()[rows, None])
+            else:
+                user_text = llm.text_vectors(base, tokenizer, [user["profile"] for user in prep.users])
+            save_npy(out / "user_text.npy", user_text)
     item_text = load_npy(out / "item_text.npy")  # [I, d_llm]
 
     # What p and n are. Choice: fixed vectors, centred (text: whitened), as raw hidden states are nearly parallel.
     targets = llm.whiten(item_text) if cfg.target == "text" else cf_item - cf_item.mean(axis=0)  # [I, d_out]
-    save_npy(out / "targets.npy", targets.astype(np.float32))
+    if team.is_main_process:
+        save_npy(out / "targets.npy", targets.astype(np.float32))
     targets = torch.from_numpy(targets).float().to(device)
 
     # Triplets (u, i, j), all of a user together; the first users' are held out.
@@ -119,15 +124,14 @@ def main(cfg: SftConfig, run: Run) -> dict:
     users = [u for u in mined if u not in held_out]
     if not users:
         raise UserError(f"{len(mined)} users have triplets and {len(held_out)} are held out; lower held_out_users")
-    save_jsonl(
-        out / "triplets.jsonl",
-        (
+    if team.is_main_process:
+        triplets = (
             {"user": u, "item": i, "positive": j, "negative": i, "held_out": u in held_out}
             for u, pairs in mined.items()
             for i, *mined_items in pairs.tolist()
             for j in mined_items
-        ),
-    )
+        )
+        save_jsonl(out / "triplets.jsonl", triplets)
     queries = llm.make_queries(tokenizer, prep.users, prep.items, cfg.max_user_tokens, cfg.max_item_tokens)
     n_triplets = sum(len(pairs) for pairs in mined.values()) * cfg.n_positives
     say(f"[sft] {n_triplets:,} triplets; {queries.n_shortened:,} prompt parts cut to their token limit")
@@ -186,7 +190,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
         model.train()
         return {name: round(total / n, 6) for name, total in totals.items()}
 
-    # Every epoch its own order; micro-batch m of step s is the same whenever and wherever it is computed.
+    # Every epoch its own order; micro-batch m of step s is the same whenever and wherever it is computed. Processes
+    # share the micro-batches of a step and sum their gradients; everything else each of them does alike.
     n_per_epoch = -(-len(users) // (cfg.batch_size * cfg.grad_accum))
     n_steps, checkpoint = cfg.n_epochs * n_per_epoch, out / "checkpoint.safetensors"
     state: dict = {"step": 0, "log": [], "best": None, "bad_looks": 0, "sum": 0.0, "n": 0}
@@ -213,10 +218,14 @@ def main(cfg: SftConfig, run: Run) -> dict:
         epoch, place = divmod(state["step"], n_per_epoch)
         order = np.random.default_rng([run.seed, epoch]).permutation(users).tolist()
         for number, some in enumerate(chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]):
+            if number % team.num_processes != team.process_index:
+                continue
             torch.manual_seed(hash((run.seed, state["step"], number)) % 2**31)  # dropout
             figures = all_losses(*read(some)[1:])
             (figures["objective"] / cfg.grad_accum).backward()
             state["sum"], state["n"] = state["sum"] + figures["loss"].item(), state["n"] + 1
+        if team.num_processes > 1:
+            llm.sum_gradients(list(trainable.values()))
         rate = min((state["step"] + 1) / (cfg.warmup_steps + 1), 1 - state["step"] / n_steps)
         for group, lr in zip(optimiser.param_groups, (cfg.lr, cfg.lr_new), strict=True):
             group["lr"] = lr * rate
@@ -226,7 +235,10 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state["step"] += 1
         bar.update()
         if state["step"] % cfg.eval_every == 0 or state["step"] == n_steps:
-            line = {"step": state["step"], "loss": round(state["sum"] / state["n"], 6)}
+            seen = accelerate.utils.reduce(
+                torch.tensor([state["sum"], state["n"]], dtype=torch.float64, device=device), "sum"
+            ).tolist()
+            line = {"step": state["step"], "loss": round(seen[0] / seen[1], 6)}
             state["log"].append(line | look())
             state |= {"sum": 0.0, "n": 0}
             say(f"[sft] {state['log'][-1]}")
@@ -235,8 +247,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
                 best = {name: t.clone() for name, t in learnt.items()}
             else:
                 state["bad_looks"] += 1
-            llm.save_checkpoint(checkpoint, learnt, optimiser, best, state)
+            if team.is_main_process:
+                llm.save_checkpoint(checkpoint, learnt, optimiser, best, state)
     bar.close()
+    if not team.is_main_process:
+        return {}
 
     # Keep the weights of the best look.
     with torch.no_grad():

@@ -42,10 +42,10 @@ class GenerateConfig(AskConfig):
 
 
 def in_shards(
-    rows: list, pairs: np.ndarray, cfg: GenerateConfig, run: Run, encode: Callable
+    rows: list, pairs: np.ndarray, cfg: GenerateConfig, run: Run, team: Any, encode: Callable
 ) -> tuple[np.ndarray, dict]:
     """h of every pair, float16 [N, d_llm], by way of files of fixed content: whoever computes one, and whenever, it
-    comes out the same (case D17). Rows of like length share a batch."""
+    comes out the same (case D17). Rows of like length share a batch; processes share the files."""
     sizes = [len(prefix) + sum(map(len, parts)) for prefix, parts in rows]
     bar, started, n_tokens, first, paths = (
         progress(total=sum(sizes), desc="generating", unit="token"),
@@ -54,11 +54,11 @@ def in_shards(
         0,
         [],
     )
-    for low in range(0, len(rows), cfg.rows_per_shard):
+    for number, low in enumerate(range(0, len(rows), cfg.rows_per_shard)):
         shard = range(low, min(low + cfg.rows_per_shard, len(rows)))
         paths.append(run.out / f"shard{low:09d}.npy")
         n_pairs = sum(len(rows[r][1]) for r in shard)
-        if not paths[-1].exists():
+        if number % team.num_processes == team.process_index and not paths[-1].exists():
             found: dict[int, np.ndarray] = {}
             by_length = sorted(shard, key=lambda r: -sizes[r])
             for start in range(0, len(by_length), cfg.batch_size):
@@ -74,11 +74,13 @@ def in_shards(
             n_tokens += sum(sizes[r] for r in shard)
         first += n_pairs
     bar.close()
+    team.wait_for_everyone()
     speed = {"tokens_per_second": round(n_tokens / (time.time() - started), 1)}
     return np.concatenate([load_npy(path) for path in paths]), speed
 
 
 def main(cfg: GenerateConfig, run: Run) -> dict:
+    import accelerate
     import torch
 
     from hnlm_ref import _core, llm, negatives, profiles, prompts
@@ -90,6 +92,9 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         for kinds in (("cf_user", "cf_item"), ("user_text", "item_text"))
     )
     llm.set_threads(run.n_threads)
+    team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the rows: one, unless launched so
+    if cfg.mode == "text" and not team.is_main_process:
+        return {}  # questions go to a server, or to the model of the first process
     counts: dict[str, Any] = {}
     timing: dict[str, float] = {}
 
@@ -116,7 +121,9 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             with torch.inference_mode():
                 return model(llm.pack(some, device))[0].half().cpu().numpy()
 
-        h, timing = in_shards(rows, pairs, cfg, run, encode)  # [N, d_llm]
+        h, timing = in_shards(rows, pairs, cfg, run, team, encode)  # [N, d_llm]
+        if not team.is_main_process:
+            return {}
         counts["tokens"] = sum(len(prefix) + sum(map(len, parts)) for prefix, parts in rows)
     else:
         # One question per pair; a pair without an answer has no negative: it is counted, and left out from here on.

@@ -229,3 +229,32 @@ def test_an_adapter_of_another_shape_is_refused(toy_run, cli, tmp_path):
     done = cli("sft", *words, "--init-from", folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{folder / 'adapter'}: the adapter does not belong to this model" in done.stderr
+
+
+def test_two_processes_tune_and_generate_what_one_does(cli, tmp_path):
+    """Data parallel over gloo: the sums of gradients are made in another order, so equal to 1e-6 (vectors: 1e-3)."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli("prep", "--preset", "toy", "--run-dir", one).returncode == 0
+    shutil.copytree(one, two)
+    stages = [("sft", "--grad-accum", "3"), ("generate", "--rows-per-shard", "7")]  # 3: an uneven share
+    for stage, *words in stages:
+        assert cli(stage, "--preset", "toy", "--run-dir", one, *words).returncode == 0
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / stage_file(stage))]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *launch, "--preset", "toy", "--run-dir", str(two), *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert sorted(p.name for p in (one / stage).rglob("*")) == sorted(p.name for p in (two / stage).rglob("*"))
+    for name, atol in (("adapter/adapter_model", 1e-6), ("projections", 1e-6)):
+        tables = [load_file(run / "sft" / f"{name}.safetensors") for run in (one, two)]
+        for key in tables[0]:
+            torch.testing.assert_close(tables[0][key], tables[1][key], atol=atol, rtol=1e-4)
+    h = [load_npy(run / "generate" / "embeddings.npy").astype(np.float32) for run in (one, two)]
+    np.testing.assert_allclose(h[0], h[1], atol=1e-3, rtol=1e-3)
+    logs = [load_jsonl(run / "sft" / "log.jsonl") for run in (one, two)]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    assert logs[0][-1]["loss"] == pytest.approx(logs[1][-1]["loss"], abs=1e-5)
