@@ -14,43 +14,91 @@ const DRAWS_PER_TASK: usize = 1 << 14;
 /// Fills `out`, `n_negatives` per entry of `users`, uniformly with replacement from the items
 /// the user does not own.
 pub fn sample_uniform(csr: CsrView, users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32]) -> Result<()> {
-    let n_items = csr.n_cols as u32;
-    each_run(csr, users, n_negatives, n_items, seed, out, |run, user, owned, out, _| {
-        let n_free = csr.n_cols - owned.items.len();
-        if n_free == 0 {
-            return Err(Error::NoFreeItem { user, seen: csr.n_cols, n_items: csr.n_cols });
-        }
-        if owned.items.len() * 4 > csr.n_cols {
-            run.draw_all(out, |word| below(word, n_free as u32).map(|rank| owned.free_item(rank)));
-            return Ok(());
-        }
-        let again = |word| below(word, n_items).map(|item| item as i32);
-        run.replace_owned(out, owned, again);
-        Ok(())
-    })
+    draw_rows(&Uniform { n_items: csr.n_cols }, csr, users, n_negatives, seed, out)
 }
 
 /// The same with probability proportional to `weights` among the free items.
 pub fn sample_popularity(
     csr: CsrView, weights: &[f64], users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32],
 ) -> Result<()> {
-    let table = AliasTable::new(weights)?;
-    let n_columns = table.columns.len() as u32;
-    each_run(csr, users, n_negatives, n_columns, seed, out, |run, user, owned, out, coins| {
-        let mass: f64 = owned.items.iter().map(|&item| weights[item as usize]).sum();
-        if mass >= 0.75 * table.total {
-            let free = FreeMass::new(weights, owned.items);
+    draw_rows(&Popularity { weights, table: AliasTable::new(weights)? }, csr, users, n_negatives, seed, out)
+}
+
+/// Where draws come from: a try chooses one of equally likely columns, a column and a coin an item.
+trait Law: Sync {
+    fn n_columns(&self) -> u32;
+    /// The item behind a column and a coin; -1 for column -1.
+    fn item(&self, column: i32, coin: u32) -> i32;
+    /// Users with up to so many items never need [`Law::draw_free`].
+    fn longest(&self) -> usize;
+    /// Draws straight from the free items of a user who owns so much that tries would be in vain;
+    /// false for any other user.
+    fn draw_free(&self, run: &Run, user: usize, owned: &Owned, out: &mut [i32]) -> Result<bool>;
+}
+
+struct Uniform {
+    n_items: usize,
+}
+
+impl Law for Uniform {
+    fn n_columns(&self) -> u32 {
+        self.n_items as u32
+    }
+
+    #[inline(always)]
+    fn item(&self, column: i32, _coin: u32) -> i32 {
+        column
+    }
+
+    fn longest(&self) -> usize {
+        self.n_items.saturating_sub(1) / 4
+    }
+
+    fn draw_free(&self, run: &Run, user: usize, owned: &Owned, out: &mut [i32]) -> Result<bool> {
+        let n_free = self.n_items - owned.items.len();
+        if n_free == 0 {
+            return Err(Error::NoFreeItem { user, seen: self.n_items, n_items: self.n_items });
+        }
+        let is_dense = owned.items.len() * 4 > self.n_items;
+        if is_dense {
+            run.draw_all(out, |word| below(word, n_free as u32).map(|rank| owned.free_item(rank)));
+        }
+        Ok(is_dense)
+    }
+}
+
+struct Popularity<'a> {
+    weights: &'a [f64],
+    table: AliasTable,
+}
+
+impl Law for Popularity<'_> {
+    fn n_columns(&self) -> u32 {
+        self.table.columns.len() as u32
+    }
+
+    #[inline(always)]
+    fn item(&self, column: i32, coin: u32) -> i32 {
+        self.table.item(column, coin)
+    }
+
+    fn longest(&self) -> usize {
+        let heaviest = self.weights.iter().copied().fold(0.0, f64::max);
+        (0.5 * self.table.total / heaviest) as usize // 0 without any weight
+    }
+
+    fn draw_free(&self, run: &Run, user: usize, owned: &Owned, out: &mut [i32]) -> Result<bool> {
+        let mass: f64 = owned.items.iter().map(|&item| self.weights[item as usize]).sum();
+        let is_heavy = mass >= 0.75 * self.table.total;
+        if is_heavy {
+            let free = FreeMass::new(self.weights, owned.items);
             if free.items.is_empty() {
-                return Err(Error::NoFreeItem { user, seen: owned.items.len(), n_items: csr.n_cols });
+                return Err(Error::NoFreeItem { user, seen: owned.items.len(), n_items: self.weights.len() });
             }
             run.draw_all(out, |word| Some(free.draw(word)));
-            return Ok(());
         }
-        out.iter_mut().zip(coins).for_each(|(slot, &mut coin)| *slot = table.item(*slot, coin));
-        let again = |word| below(word, n_columns).map(|column| table.item(column as i32, word as u32));
-        run.replace_owned(out, owned, again);
-        Ok(())
-    })
+        Ok(is_heavy)
+    }
 }
 
 /// Copies each row of `candidates` without the user's own items and without -1 to the left of
@@ -93,100 +141,143 @@ impl Run {
         out.iter_mut().enumerate().for_each(|(slot, item)| *item = self.draw(slot, 0, &accept));
     }
 
-    /// Tries again where the first try was a surplus word or an item of the user, found by the
-    /// cheaper of two ways.
-    fn replace_owned(&self, out: &mut [i32], owned: &mut Owned, again: impl Fn(u64) -> Option<i32>) {
-        // Marking the bits takes about as long as four searches of a row of four times their number.
-        if out.len() >= 4 && 4 * out.len() > owned.items.len() {
-            owned.mark();
-            self.replace(out, |item| owned.has_bit(item), again);
-        } else {
-            self.replace(out, |item| owned.has(item), again);
-        }
-    }
-
-    /// Tries again where the first try was a surplus word (-1) or an item that is `owned`. Eight
-    /// draws share one branch, which is hardly ever taken.
+    /// Tries again where the first try was a surplus word (-1) or an item that is `owned`. The slots
+    /// are gathered first, without a branch that nobody could foresee.
     #[inline(always)]
     fn replace(&self, out: &mut [i32], owned: impl Fn(i32) -> bool, again: impl Fn(u64) -> Option<i32>) {
-        for (group, items) in out.chunks_mut(8).enumerate() {
-            if !items.iter().fold(false, |bad, &item| bad | (item < 0) | owned(item)) {
-                continue;
+        let mut bad = [0u8; 64];
+        for (group, items) in out.chunks_mut(64).enumerate() {
+            let mut n_bad = 0;
+            for (at, &item) in items.iter().enumerate() {
+                bad[n_bad] = at as u8;
+                n_bad += usize::from((item < 0) | owned(item));
             }
-            for (at, item) in items.iter_mut().enumerate().filter(|(_, item)| **item < 0 || owned(**item)) {
-                *item = self.draw(8 * group + at, 1, |word| again(word).filter(|&item| !owned(item)));
+            for &at in &bad[..n_bad] {
+                let slot = 64 * group + at as usize;
+                items[at as usize] = self.draw(slot, 1, |word| again(word).filter(|&item| !owned(item)));
             }
         }
     }
 }
 
-/// Fills `out` with first tries below `bound`, a task's rows at once in vectors, then calls
-/// `fix(run, user, owned items, out, coins)` for every run of equal neighbours in `users`.
-#[allow(clippy::too_many_arguments)]
-fn each_run(
-    csr: CsrView, users: &[i32], n_negatives: usize, bound: u32, seed: u64, out: &mut [i32],
-    fix: impl Fn(&Run, usize, &mut Owned, &mut [i32], &mut [u32]) -> Result<()> + Sync,
+/// Fills `out` by `law`, in three steps that each go over a whole task, so that the change from one
+/// user to the next costs nothing: first tries in vectors; a comparison of each with its user's
+/// items; then, one by one, what was found and the users whose items are too many to compare.
+fn draw_rows(
+    law: &impl Law, csr: CsrView, users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32],
 ) -> Result<()> {
     check_users(users, csr.n_rows())?;
     if n_negatives == 0 {
         return Ok(());
     }
-    let kernel = simd::kernel();
+    let (kernel, n_columns, longest) = (simd::kernel(), law.n_columns(), law.longest());
     let rows_per_task = DRAWS_PER_TASK.div_ceil(n_negatives);
-    let work = |(bits, coins): &mut (Vec<u64>, Vec<u32>), (task, (out, users)): (usize, (&mut [i32], &[i32]))| {
+    let again = |word| below(word, n_columns).map(|column| law.item(column as i32, word as u32));
+    let work = |scratch: &mut Scratch, (task, (out, users)): (usize, (&mut [i32], &[i32]))| {
+        let Scratch { bits, coins, found } = scratch;
         let first_row = task * rows_per_task;
-        if bound > 0 {
-            kernel.tries(seed, first_row as u64, n_negatives, bound, out, &mut coins[..out.len()]);
+        if n_columns == 0 {
+            let user = users[0] as usize; // no item has a weight
+            return Err(Error::NoFreeItem { user, seen: csr.row(user)?.len(), n_items: csr.n_cols });
         }
-        let mut at = 0;
-        for same in users.chunk_by(|a, b| a == b) {
-            csr.prefetch(users, at + same.len());
-            let run = Run { seed, first_row: first_row + at, n_negatives };
-            let mut owned = Owned { items: csr.row(same[0] as usize)?, bits, is_marked: false };
-            let slots = at * n_negatives..(at + same.len()) * n_negatives;
-            let fixed = fix(&run, same[0] as usize, &mut owned, &mut out[slots.clone()], &mut coins[slots]);
-            owned.unmark();
-            fixed?;
-            at += same.len();
+        kernel.tries(seed, first_row as u64, n_negatives, n_columns, out, &mut coins[..out.len()]);
+        out.iter_mut().zip(&*coins).for_each(|(slot, &coin)| *slot = law.item(*slot, coin));
+        kernel.screen(csr, users, longest, out, found);
+        for &slot in &found.slots {
+            let row = slot / n_negatives;
+            let owned = csr.row(users[row] as usize)?;
+            let run = Run { seed, first_row: first_row + row, n_negatives };
+            let is_owned = |item: i32| owned.binary_search(&item).is_ok();
+            if out[slot] < 0 || is_owned(out[slot]) {
+                out[slot] = run.draw(slot % n_negatives, 1, |word| again(word).filter(|&item| !is_owned(item)));
+            }
+        }
+        for &row in &found.rows {
+            csr.prefetch(users, row);
+            let user = users[row] as usize;
+            let n_rows = users[row..].iter().take_while(|other| **other as usize == user).count();
+            let out = &mut out[row * n_negatives..(row + n_rows) * n_negatives];
+            let run = Run { seed, first_row: first_row + row, n_negatives };
+            let mut owned = Owned { items: csr.row(user)?, bits };
+            if !law.draw_free(&run, user, &owned, out)? {
+                if 4 * out.len() > owned.items.len() {
+                    owned.mark();
+                    run.replace(out, |item| owned.has(item), again);
+                    owned.unmark();
+                } else {
+                    run.replace(out, |item| owned.items.binary_search(&item).is_ok(), again);
+                }
+            }
         }
         Ok(())
     };
-    let scratch = || (vec![0u64; csr.n_cols.div_ceil(64)], vec![0u32; rows_per_task * n_negatives]);
+    let scratch = || Scratch {
+        bits: vec![0; csr.n_cols.div_ceil(64)],
+        coins: vec![0; rows_per_task * n_negatives],
+        found: Found::default(),
+    };
     let tasks = out.par_chunks_mut(rows_per_task * n_negatives).zip(users.par_chunks(rows_per_task)).enumerate();
     threads::first_error(tasks.map_init(scratch, work))
+}
+
+/// What a thread needs from task to task.
+struct Scratch {
+    bits: Vec<u64>,
+    coins: Vec<u32>,
+    found: Found,
+}
+
+/// What [`screen`] has found in a task.
+#[derive(Default)]
+pub struct Found {
+    slots: Vec<usize>,
+    rows: Vec<usize>,
+}
+
+/// Compares every draw with a window of [`WINDOW`] items that begins with those of its user. Slots
+/// with a surplus word or an item of the window, which may belong to the next users, go to
+/// `found.slots`; the first rows of users with more items, or with items out of order, to
+/// `found.rows`.
+#[inline(always)]
+pub fn screen(csr: CsrView, users: &[i32], longest: usize, out: &[i32], found: &mut Found) {
+    found.slots.clear();
+    found.rows.clear();
+    let (n_negatives, mut window) = (out.len() / users.len(), None);
+    for (row, (&user, items)) in users.iter().zip(out.chunks_exact(n_negatives)).enumerate() {
+        if row == 0 || user != users[row - 1] {
+            csr.prefetch(users, row);
+            window = csr.window(user as usize, longest);
+            if window.is_none() {
+                found.rows.push(row);
+            }
+        }
+        let Some(window) = window else { continue };
+        for (at, &item) in items.iter().enumerate() {
+            if window.iter().fold(item < 0, |hit, &owned| hit | (owned == item)) {
+                found.slots.push(row * n_negatives + at);
+            }
+        }
+    }
 }
 
 /// A user's items, as the sorted row and, once marked, as a bitset over the catalogue.
 struct Owned<'a> {
     items: &'a [i32],
     bits: &'a mut [u64],
-    is_marked: bool,
 }
 
 impl Owned<'_> {
     fn mark(&mut self) {
-        self.is_marked = true;
         self.items.iter().for_each(|&item| self.bits[item as usize / 64] |= 1 << (item % 64));
     }
 
     fn unmark(&mut self) {
-        if self.is_marked {
-            self.items.iter().for_each(|&item| self.bits[item as usize / 64] = 0);
-        }
+        self.items.iter().for_each(|&item| self.bits[item as usize / 64] = 0);
     }
 
-    #[inline(always)]
-    fn has_bit(&self, item: i32) -> bool {
-        self.bits.get(item as u32 as usize / 64).unwrap_or(&0) >> (item & 63) & 1 == 1
-    }
-
-    /// Short rows are compared as a whole, which the compiler does in vectors.
     #[inline(always)]
     fn has(&self, item: i32) -> bool {
-        match self.items.len() {
-            0..=64 => self.items.iter().fold(false, |found, &owned| found | (owned == item)),
-            _ => self.items.binary_search(&item).is_ok(),
-        }
+        self.bits.get(item as u32 as usize / 64).unwrap_or(&0) >> (item & 63) & 1 == 1
     }
 
     /// The free item that has `rank` free items before it. `items[j] - j` free items stand before

@@ -7,6 +7,8 @@
 use std::array::from_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::candidates::{self, Found};
+use crate::csr::CsrView;
 use crate::random;
 
 /// One vector register of `f32`, as the tile needs it.
@@ -128,8 +130,9 @@ lanes!(Neon, float32x4_t, 4, vdupq_n_f32, vld1q_f32, vst1q_f32, |a, b, c| vfmaq_
 /// Arguments of a tile: numbers per vector, queries, panel, thresholds, scores, hits.
 type Tile = unsafe fn(usize, *const f32, *const f32, &[f32], &mut [f32], &mut [u64]) -> bool;
 
-/// Arguments as of [`random::first_tries`].
+/// Arguments as of [`random::first_tries`] and [`candidates::screen`].
 type Tries = unsafe fn(u64, u64, usize, u32, &mut [i32], &mut [u32]);
+type Screen = unsafe fn(CsrView, &[i32], usize, &[i32], &mut Found);
 
 /// One way of computing a tile of `rows` queries by `cols` items, and of making random numbers.
 pub struct Kernel {
@@ -138,6 +141,7 @@ pub struct Kernel {
     pub cols: usize,
     tile: Tile,
     tries: Tries,
+    screen: Screen,
     dot: unsafe fn(&[f32], &[f32]) -> f32,
     available: fn() -> bool,
 }
@@ -176,10 +180,14 @@ unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
 
 /// A kernel compiled with the processor's features switched on.
 macro_rules! kernel {
-    ($name:literal, $tile:ident, $tries:ident, $dot:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
+    ($name:literal, $tile:ident, $tries:ident, $screen:ident, $dot:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
         $(#[target_feature(enable = $feature)])?
         unsafe fn $tries(seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
             random::first_tries(seed, row, n, bound, numbers, coins)
+        }
+        $(#[target_feature(enable = $feature)])?
+        unsafe fn $screen(csr: CsrView, users: &[i32], longest: usize, out: &[i32], found: &mut Found) {
+            candidates::screen(csr, users, longest, out, found)
         }
         $(#[target_feature(enable = $feature)])?
         unsafe fn $dot(query: &[f32], item: &[f32]) -> f32 {
@@ -189,7 +197,7 @@ macro_rules! kernel {
         unsafe fn $tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
             unsafe { tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
         }
-        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, dot: $dot, available: || $available }
+        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, screen: $screen, dot: $dot, available: || $available }
     }};
 }
 
@@ -197,15 +205,24 @@ macro_rules! kernel {
 pub const MAX_ROWS: usize = 14;
 pub const MAX_TILE: usize = 14 * 32;
 
+/// All of AVX-512 that the processors of the last years have (Skylake-X, Zen 4 and later).
+#[cfg(target_arch = "x86_64")]
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+}
+
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx512", tile_avx512, tries_avx512, dot_avx512, Avx512, 14 x 2, is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq"), "avx512f,avx512dq"),
+    kernel!("avx512", tile_avx512, tries_avx512, screen_avx512, dot_avx512, Avx512, 14 x 2, has_avx512(), "avx512f,avx512dq,avx512bw,avx512vl"),
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx2", tile_avx2, tries_avx2, dot_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
+    kernel!("avx2", tile_avx2, tries_avx2, screen_avx2, dot_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
     #[cfg(target_arch = "aarch64")]
-    kernel!("neon", tile_neon, tries_neon, dot_neon, Neon, 6 x 4, true, "neon"),
-    kernel!("plain", tile_plain, tries_plain, dot_plain, Plain, 4 x 2, true),
+    kernel!("neon", tile_neon, tries_neon, screen_neon, dot_neon, Neon, 6 x 4, true, "neon"),
+    kernel!("plain", tile_plain, tries_plain, screen_plain, dot_plain, Plain, 4 x 2, true),
 ];
 
 /// The kernel in use, as one more than its place in `KERNELS`; 0 before the first question.
@@ -243,6 +260,28 @@ pub fn prefetch<T>(slice: &[T], at: usize) {
     }
 }
 
+/// Bit `at` says whether `items[at]` is less than the next. (Four at a time: every x86-64
+/// processor can, and the compiler does not find it.)
+#[inline(always)]
+pub fn rising(items: &[i32; 33]) -> u32 {
+    let mut bits = 0;
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..32).step_by(4) {
+        // SAFETY: 4 numbers from `at` and from `at + 1` on lie inside the 33.
+        let four = unsafe {
+            let this = items.as_ptr().add(at);
+            let less = _mm_cmplt_epi32(_mm_loadu_si128(this.cast()), _mm_loadu_si128(this.add(1).cast()));
+            _mm_movemask_ps(_mm_castsi128_ps(less)) as u32
+        };
+        bits |= four << at;
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for at in 0..32 {
+        bits |= u32::from(items[at] < items[at + 1]) << at;
+    }
+    bits
+}
+
 impl Kernel {
     /// `scores[r][c] = queries[.][r] . panel[.][c]`, one multiply-add per dimension in order, and
     /// bit `c` of `hits[r]` says whether it is at least `thresholds[r]`; scores of a row without
@@ -264,9 +303,15 @@ impl Kernel {
         unsafe { (self.tries)(seed, row, n, bound, numbers, coins) }
     }
 
+    /// [`candidates::screen`] in this kernel's vectors.
+    pub fn screen(&self, csr: CsrView, users: &[i32], longest: usize, out: &[i32], found: &mut Found) {
+        // SAFETY: only kernels that the processor has are ever handed out.
+        unsafe { (self.screen)(csr, users, longest, out, found) }
+    }
+
     /// One score as `tile` computes it.
     pub fn dot(&self, query: &[f32], item: &[f32]) -> f32 {
-        // SAFETY: as for `tries`.
+        // SAFETY: only kernels that the processor has are ever handed out.
         unsafe { (self.dot)(query, item) }
     }
 }

@@ -18,7 +18,8 @@ def shares(draws, n_items):
 
 
 def batch(rng):
-    n_users, n_items = int(rng.integers(1, 8)), int(rng.choice([1, 2, 5, 40, 130]))
+    # In a long log the rows of all but the last users are compared in one window.
+    n_users, n_items = int(rng.choice([1, 2, 5, 60])), int(rng.choice([1, 2, 5, 40, 130]))
     owned = csr(rng, n_users, n_items, rng.choice([0.0, 0.1, 0.5, 0.9]))
     users = rng.integers(0, n_users, rng.integers(0, 12)).astype(np.int32)
     return owned, n_items, np.sort(users) if rng.random() < 0.5 else users, int(rng.choice([0, 1, 2, 3, 9, 17]))
@@ -36,7 +37,7 @@ def test_uniform_draws_equal_the_twin_word_for_word(seed):
 def test_popularity_draws_equal_the_twin_word_for_word(seed):
     rng = np.random.default_rng(seed)
     owned, n_items, users, n = batch(rng)
-    weights = rng.choice([0.0, 0.3, 1.0, 7.0, 1000.0], n_items)
+    weights = rng.choice([0.0, 0.3, 1.0, 7.0, 1000.0], n_items) * (rng.random() < 0.98)
     agree_everywhere("sample_popularity", reference.sample_popularity, *owned, weights, users, n, seed)
 
 
@@ -89,6 +90,24 @@ def test_a_user_with_everything_is_named():
     indptr, indices = np.array([0, 1, 6], np.int64), np.array([0, 0, 1, 2, 3, 4], np.int32)
     with pytest.raises(ValueError, match=r"user 1 has no free item to draw \(5 of 5 items seen\)"):
         _core.sample_uniform(indptr, indices, 5, np.array([0, 1], np.int32), 3, 0)
+
+
+@pytest.mark.parametrize("kernel", _core.kernels())
+@pytest.mark.parametrize(("place", "item"), [(4, 3), (4, 2), (8, 300), (0, -1), (3, 300)])
+def test_a_bad_row_is_found_wherever_it_lies(kernel, place, item):
+    """Rows of 1, 2, 3, ... items, the first of which are compared in one window."""
+    indptr = np.cumsum(np.arange(20))
+    indices = np.concatenate([np.arange(n) for n in range(20)]).astype(np.int32)
+    row = 9
+    indices[indptr[row - 1] + place] = item
+    try:
+        _core.use_kernel(kernel)
+        with pytest.raises((ValueError, IndexError), match="indices"):
+            _core.sample_uniform(indptr, indices, 300, np.arange(19, dtype=np.int32), 2, 0)
+        good = np.delete(np.arange(19, dtype=np.int32), row - 1)
+        _core.sample_uniform(indptr, indices, 300, good, 2, 0)
+    finally:
+        _core.use_kernel(_core.kernels()[0])
 
 
 def test_a_row_depends_on_seed_and_row_alone():
