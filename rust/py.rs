@@ -1,6 +1,8 @@
 //! The Python module `hnlm_ref._core`: checks arguments, releases the interpreter lock, calls the
 //! pure functions. The only file that knows Python or NumPy.
 
+#![allow(clippy::too_many_arguments)] // a Python function names what it takes
+
 use half::f16;
 use numpy::ndarray::{Array, Dimension, Ix1, Ix2, Ix3};
 use numpy::{
@@ -195,7 +197,6 @@ fn expect(name: &'static str, found: usize, expected: usize) -> Result<()> {
 ///     who owns every item; IndexError for a user or item out of range. `out` is then undefined.
 #[pyfunction]
 #[pyo3(signature = (indptr, indices, n_items, users, n_negatives, seed, n_threads=0, out=None))]
-#[allow(clippy::too_many_arguments)]
 fn sample_uniform<'py>(
     py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, #[pyo3(from_py_with = named::n_items)] n_items: usize,
     users: Ints<'py>, #[pyo3(from_py_with = named::n_negatives)] n_negatives: usize,
@@ -223,7 +224,6 @@ fn sample_uniform<'py>(
 ///     as `sample_uniform`; also ValueError for a bad weight and a user without a free item of positive weight
 #[pyfunction]
 #[pyo3(signature = (indptr, indices, weights, users, n_negatives, seed, n_threads=0, out=None))]
-#[allow(clippy::too_many_arguments)]
 fn sample_popularity<'py>(
     py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, weights: Input<'py, f64, Ix1>, users: Ints<'py>,
     #[pyo3(from_py_with = named::n_negatives)] n_negatives: usize, #[pyo3(from_py_with = named::seed)] seed: u64,
@@ -309,7 +309,6 @@ fn filter_candidates<'py>(
 #[pyo3(
     text_signature = "(queries, items, users, indptr, indices, k, min_similarity=-1.0, max_similarity=1.0, n_threads=0)"
 )]
-#[allow(clippy::too_many_arguments)]
 fn match_items<'py>(
     py: Python<'py>, queries: Floats<'py>, items: Floats<'py>, users: Ints<'py>, indptr: Longs<'py>,
     indices: Ints<'py>, #[pyo3(from_py_with = named::k)] k: usize,
@@ -343,7 +342,6 @@ fn match_items<'py>(
 /// Returns, Raises
 ///     as `match_items`
 #[pyfunction]
-#[allow(clippy::too_many_arguments)]
 fn match_titles<'py>(
     py: Python<'py>, #[pyo3(from_py_with = named::titles)] titles: Vec<String>,
     #[pyo3(from_py_with = named::catalogue)] catalogue: Vec<String>, users: Ints<'py>, indptr: Longs<'py>,
@@ -420,7 +418,6 @@ fn topk_scores<'py>(
 ///     as `topk`
 #[pyfunction]
 #[pyo3(signature = (user_emb, item_emb, indptr, indices, test_indptr, test_indices, k, n_threads=0))]
-#[allow(clippy::too_many_arguments)]
 fn test_ranks<'py>(
     py: Python<'py>, user_emb: Table<'py>, item_emb: Table<'py>, indptr: Longs<'py>, indices: Ints<'py>,
     test_indptr: Longs<'py>, test_indices: Ints<'py>, #[pyo3(from_py_with = named::k)] k: usize,
