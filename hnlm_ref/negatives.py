@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from hnlm_ref import _core
 from hnlm_ref.artifacts import Csr, Prep
 
 
@@ -51,6 +52,15 @@ def choose_pairs(train: Csr, pairs_per_user: int, seed: int) -> np.ndarray:
     order = order[np.argsort(pairs[order, 0], kind="stable")]  # users in order, their pairs shuffled
     place = np.arange(len(pairs)) - np.repeat(train.indptr[:-1], train.degrees())  # of a pair among its user's
     return pairs[np.sort(order[place < (pairs_per_user or len(pairs))])]
+
+
+def with_best_ranked(taken: Csr, cf: tuple[np.ndarray, np.ndarray], n: int, n_threads: int = 0) -> Csr:
+    """The items taken and, of those not taken, each user's n best by the warm-up scores."""
+    if n == 0:
+        return taken
+    best = _core.topk(*cf, taken.indptr, taken.indices, n, n_threads)[0]  # [U, n], -1 pads
+    users, place = np.nonzero(best >= 0)
+    return taken.union(Csr.from_pairs(users, best[users, place], taken.n_rows, taken.n_cols))
 
 
 QUALITY_USERS = 1000  # Choice: figures are of at most so many users, evenly spread, as their items are all ranked

@@ -39,6 +39,7 @@ class GenerateConfig(AskConfig):
     n_matches: int = knob(20, "items per generated negative (m)", low=1)
     min_similarity: float = knob(-1.0, "items less similar to the negative are no match", low=-1, high=1)
     max_similarity: float = knob(1.0, "items more similar are taken for false negatives", low=-1, high=1)
+    skip_ranks: int = knob(0, "so many best warm-up ranks of a user are no match: false negatives lie there", low=0)
 
 
 def in_shards(
@@ -152,16 +153,18 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     tuned = cfg.mode == "embedding" and cfg.tuned
     item_vectors = load_npy(sft / "targets.npy") if tuned else text[1]  # [I, d_out]
     users, graph = np.ascontiguousarray(pairs[:, 0]), (prep.train.indptr, prep.train.indices)
+    blocked = negatives.with_best_ranked(prep.train, cf, cfg.skip_ranks, run.n_threads)
+    refused = blocked.indptr, blocked.indices
     if cfg.mode == "text" and cfg.match == "title":
         catalogue = [item["title"] for item in prep.items]
         matches, scores = _core.match_titles(
-            said, catalogue, users, *graph, cfg.n_matches, max(cfg.min_similarity, 0.0)
+            said, catalogue, users, *refused, cfg.n_matches, max(cfg.min_similarity, 0.0)
         )
     else:
         z = llm.apply_head(model, h) if tuned else h.astype(np.float32) - h.mean(axis=0, dtype=np.float32)  # [N, d_out]
         band = cfg.min_similarity, cfg.max_similarity
         matches, scores = _core.match_items(
-            z, item_vectors, users, *graph, cfg.n_matches, *band, run.n_threads
+            z, item_vectors, users, *refused, cfg.n_matches, *band, run.n_threads
         )  # [N, m]
     save_npy(out / "item_vectors.npy", item_vectors)
     save_npy(out / "matches.npy", matches)

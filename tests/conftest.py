@@ -49,4 +49,5 @@ def toy_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "run"
     done = run_cli("all", "--preset", "toy", "--run-dir", folder, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
+    (folder.parent / "stderr").write_text(done.stderr, encoding="utf-8")
     return folder

@@ -62,6 +62,18 @@ def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made
     np.testing.assert_allclose(-np.sort(-cosine, axis=1)[:, : matches.shape[1]], scores, atol=1e-5)
 
 
+def test_skipped_warm_up_ranks_are_never_matched(toy_run, tmp_path):
+    run = with_inputs(toy_run, tmp_path)
+    generate(run, "--skip-ranks", 10)
+    matches, pairs = (load_npy(run / "generate" / f"{name}.npy") for name in ("matches", "pairs"))
+    cf_user, cf_item = (load_npy(run / "sft" / f"cf_{who}.npy") for who in ("user", "item"))
+    for u in range(60):
+        mine = pairs[:, 0] == u
+        taken = pairs[mine, 1].tolist()  # all training pairs are asked about
+        best = [j for j in np.argsort(-cf_item @ cf_user[u], kind="stable").tolist() if j not in taken][:10]
+        assert not set(matches[mine].flatten().tolist()) & {*taken, *best}
+
+
 def test_a_killed_generation_reuses_its_shards_and_ends_in_the_same_bytes(made, toy_run, tmp_path):
     run = with_inputs(toy_run, tmp_path)
     process = start(run, "--rows-per-shard", 7)  # case D17

@@ -158,6 +158,7 @@ def test_a_saved_model_gives_its_vectors_again_in_a_new_process_and_in_plain_pef
         untuned, _ = model.eval()(query_batch())
     tune(model, 5)
     model.save(tmp_path)
+    np.save(tmp_path / "targets.npy", np.zeros((1, 3), np.float32))  # the head is as wide as the stage's targets
     with torch.no_grad():
         tuned, z = model(query_batch())
     assert (tuned - untuned).abs().max() > 1e-3
@@ -275,3 +276,9 @@ def test_generated_texts_do_not_depend_on_the_batch():
     assert together == [llm.generate_texts(base, tokenizer, [ids], 8)[0] for ids in prompts]
     expected = base.generate(torch.tensor([prompts[0]]), max_new_tokens=8, do_sample=False)[0, len(prompts[0]) :]
     assert together[0] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_a_whole_run_prints_its_own_lines_to_stderr_and_no_library_warns(toy_run):
+    lines = (toy_run.parent / "stderr").read_text(encoding="utf-8").splitlines()
+    own = ("$ python ", "[", "best epoch ", "generated negatives for ")
+    assert len(lines) > 20 and [line for line in lines if not line.startswith(own)] == []  # case D16

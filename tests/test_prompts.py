@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from hnlm_ref import prompts
+from hnlm_ref import llm, prompts
+from hnlm_ref.artifacts import load_jsonl
 from hnlm_ref.prompts import Reply, parse_reply
 
 CLEAN = '{"hard_negative_item": "Orbit Chess Set", "reasoning": "r"}'
@@ -77,6 +78,16 @@ def test_a_user_prompt_lists_the_history_and_only_the_users_own_reviews():
     assert prompt.count("review:") == 1
 
 
-def test_no_prompt_template_spells_numbers_out():
-    for template in (prompts.QUERY_USER, prompts.QUERY_ITEM, prompts.QUERY_END, prompts.NEGATIVE):
-        assert len(re.findall(r"\d+\.\d+", template)) == 0
+def test_no_prompt_of_the_toy_run_spells_vectors_out(toy_run):
+    """Case D19, on what the model is given: text ids without decimal numbers, and one soft token per vector."""
+    users, items = (load_jsonl(toy_run / "prep" / f"{who}.jsonl") for who in ("users", "items"))
+    _, tokenizer = llm.tiny_model()
+    queries = llm.make_queries(tokenizer, users, items, 400, 200)
+    for triplet in load_jsonl(toy_run / "sft" / "triplets.jsonl")[::97]:
+        u, i = triplet["user"], triplet["item"]
+        prefix, (part,) = queries.row(u, [i])
+        text = tokenizer.decode([n for n in prefix + part if n >= 0])
+        assert [n for n in prefix + part if n < 0] == [-1 - u, -1 - len(users) - i]
+        assert items[i]["title"] in text and users[u]["profile"][:40] in text
+        for prompt in (text, prompts.negative_prompt(users[u], items[i])):
+            assert len(re.findall(r"\d+\.\d+", prompt)) <= 8
