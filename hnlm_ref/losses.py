@@ -22,7 +22,8 @@ def bpr_loss(pos_scores: Tensor, neg_scores: Tensor) -> Tensor:
 
     pos_scores [B], neg_scores [B, n]. In softplus form: never log(sigmoid), nothing added inside a log (E02, X25).
     """
-    return functional.softplus(torch.logsumexp(neg_scores - pos_scores[:, None], dim=1)).mean()
+    gap = neg_scores - pos_scores[:, None]
+    return functional.softplus(gap if gap.shape[1] == 1 else gap.logsumexp(1)).mean()  # of one it is slow and no change
 
 
 def hinge_loss(pos_scores: Tensor, neg_scores: Tensor, margin: float) -> Tensor:
@@ -46,8 +47,8 @@ def l2_loss(table: Tensor, *rows: Tensor) -> Tensor:
 
     table [U + I, d], not propagated; rows int64 [B] or [B, n], a vector that is there twice counts twice
     """
-    squares = table.square().sum(1)  # gathering these numbers is cheaper than gathering the vectors
-    return torch.stack([squares[r].reshape(len(r), -1).sum(1) for r in rows]).sum(0).sum() / (2 * len(rows[0]))
+    counts = torch.cat([r.flatten() for r in rows]).bincount(minlength=len(table))  # cheaper than gathering vectors
+    return table.square().sum(1) @ counts.to(table.dtype) / (2 * len(rows[0]))
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:

@@ -50,8 +50,8 @@ class Encoder(nn.Module):
 
     def split(self, layers: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The vectors that are scored, e_u [U, d] and e_i [I, d]: the mean of the layers."""
-        mean = sum(layers[1:], layers[0]) / len(layers)
-        return mean[: self.n_users], mean[self.n_users :]
+        mean = sum(layers[1:], layers[0]) / len(layers) if layers[1:] else layers[0]
+        return mean.split([self.n_users, len(mean) - self.n_users])  # backward it is one copy, two slices are four
 
 
 class LightGCN(Encoder):
