@@ -94,7 +94,8 @@ GOOD = {
     "users": USERS, "candidates": np.ones((2, 2), I32), "weights": np.ones(5), "n_items": 5,
     "n_negatives": 3, "seed": 1, "queries": EMB, "items": ITEMS, "user_emb": EMB, "item_emb": ITEMS,
     "scores": np.ones((2, 5), F32), "titles": ["a", "b"], "catalogue": ["a"] * 5, "k": 2,
-    "min_similarity": 0.0, "max_similarity": 1.0, "topk": np.ones((2, 2), I32), "ks": np.array([1, 2], I64), "n_threads": 1, "name": "plain",
+    "min_similarity": 0.0, "max_similarity": 1.0, "name": "plain",
+    "topk": np.ones((2, 2), I32), "ks": np.array([1, 2], I64), "n_threads": 1,
     "out": np.zeros((2, 3), I32),
 }  # fmt: skip
 ARGUMENTS = [
