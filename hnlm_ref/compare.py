@@ -51,11 +51,17 @@ def settings(grid: dict[str, Any]) -> list[str]:
 
 
 def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
-    """Run stage commands, `n_jobs` at a time; the first that fails ends it all once those running are through."""
+    """Run stage commands, `n_jobs` at a time; the first that fails ends it all once those running are through.
+
+    Choice: memory is not estimated beforehand; `n_jobs` is the user's, and what is finished is kept.
+    """
     with ThreadPoolExecutor(n_jobs) as pool:
         for done in pool.map(subprocess.run, commands):
             if done.returncode:
                 pool.shutdown(cancel_futures=True)
+            if done.returncode == -9:  # the system's way to say that memory is full
+                raise UserError(f"a training was killed, perhaps for want of memory; lower --n-jobs, now {n_jobs}")
+            if done.returncode:
                 raise SystemExit(done.returncode)
 
 

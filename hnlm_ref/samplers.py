@@ -266,10 +266,11 @@ def load_generated(
     """
     made, vectors = load_npy(folder / "pairs.npy"), load_npy(folder / "embeddings.npy", mmap=True)
     matches, scores = load_npy(folder / "matches.npy"), load_npy(folder / "match_scores.npy")
-    if vectors.ndim != 2 or not len(made) == len(vectors) == len(matches) == len(scores):
+    whole = len(made) == len(vectors) == len(matches) and matches.shape == scores.shape
+    if not whole or vectors.ndim != 2 or matches.ndim != 2 or matches.dtype.kind != "i":
         raise UserError(
-            f"{folder}: {len(made)} pairs, but embeddings {vectors.shape}, matches {matches.shape} and match_scores "
-            f"{scores.shape}; run hnlm-ref generate again"
+            f"{folder}: {len(made)} pairs, but embeddings {vectors.shape}, matches {matches.dtype} {matches.shape} and "
+            f"match_scores {scores.shape}; run hnlm-ref generate again"
         )
     if made.size and (made.min() < 0 or (made.max(0) >= (train.n_rows, train.n_cols)).any()):
         raise UserError(f"{folder / 'pairs.npy'}: a number lies outside {train.n_rows} users and {train.n_cols} items")

@@ -64,7 +64,7 @@ def fit(
     patience    stop after so many validations (NDCG@20, every `eval_every` epochs) without a better one
     checkpoint  file to go on from and to keep up to date; resumed or not, the result has the same bytes on a CPU
     Raises UserError at the first loss that is not finite, naming epoch and batch; the checkpoint stays (case E11).
-    Raises AssertionError when the trainable tensors behind the first loss are not those of the optimiser (case E01).
+    Raises RuntimeError when the trainable tensors behind the first loss are not those of the optimiser (case E01).
     """
     device = next(model.parameters()).device
     encoder: Any = model["encoder"]
@@ -91,8 +91,8 @@ def fit(
             if not torch.isfinite(loss):
                 where = f"epoch {epoch}, batch {losses_seen}"
                 raise UserError(f"{where}: the loss is {loss.item()}; lr {lr} may be too large")
-            if done.epoch == 0 and losses_seen == 1:
-                assert _leaves(loss) == set(model.parameters()), "the loss reaches other tensors than the optimiser"
+            if done.epoch == 0 and losses_seen == 1 and _leaves(loss) != set(model.parameters()):
+                raise RuntimeError("the loss reaches other tensors than the optimiser")
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -90,6 +90,12 @@ def test_held_out_items_are_drawn_at_the_chance_rate():  # case B04: nothing but
     assert np.bincount(drawn, minlength=10)[3:] / 70_000 == pytest.approx(np.full(7, 1 / 7), abs=0.01)
 
 
+def test_the_one_free_item_of_ten_thousand_is_every_draw():  # case B02
+    train = csr([np.delete(np.arange(10_000), 4321)], 10_000)
+    assert (Sampler("uniform", train, n_negatives=1000).draw(np.zeros(1, np.int32), 0) == 4321).all()
+    assert (Sampler("popularity", train, popularity_beta=0).draw(np.zeros(1000, np.int32), 0) == 4321).all()
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.75, 1.0])
 def test_popularity_draws_by_count_to_the_power_of_beta(beta):  # case B06
     counts = np.array([8, 1, 1])
@@ -325,6 +331,8 @@ def test_matched_items_that_are_positives_or_guarded_are_dropped(tmp_path):  # c
             "row 1, user 1 and item 3, has one value throughout",
         ),  # E14
         ({"embeddings": np.array([1, 2], np.float16)}, "embeddings (2,)"),
+        ({"matches": np.array([2, 2], np.int32)}, "matches int32 (2,)"),  # B16: one item where a list is wanted
+        ({"matches": np.array([["2"] * 5] * 2)}, "matches <U1 (2, 5)"),  # B16: texts where numbers are wanted
     ],
 )
 def test_generated_arrays_that_cannot_be_right_are_refused(tmp_path, changes, message):

@@ -1,11 +1,13 @@
 """Stage 4 as a user runs it, on a made-up preparation: every method, repeatable, resumable, and exact at alpha 0."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import click
 import numpy as np
 import pytest
 
@@ -227,36 +229,34 @@ def test_too_few_generated_pairs_are_refused_unless_allowed(run_dir):  # case E1
     )
 
 
+def test_no_negatives_at_all_are_refused(run_dir):  # case B17
+    for word in ("--n-negatives", "--n-matched", "--pool-size"):
+        with pytest.raises(click.BadParameter, match="at least 1 is wanted"):
+            train(run_dir, "hnlm_pool", word, "0")
+
+
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(run_dir, cli):  # case E10
+    words = "train", "--run-dir", run_dir, "--n-epochs", "1", "--dim", "8"
+    assert cli(*words, CUDA_VISIBLE_DEVICES="").returncode == 0
+    assert json.loads((run_dir / "train/uniform/seed0/manifest.json").read_text(encoding="utf-8"))["device"] == "cpu"
+    wrong = cli(*words, "--device", "cuda", "--seed", "1", CUDA_VISIBLE_DEVICES="")
+    assert wrong.returncode == 1
+    assert wrong.stderr.splitlines()[-1].endswith("torch finds no CUDA device here; use --device cpu or auto")
+    assert "Traceback" not in wrong.stderr
+
+
+def test_evaluation_has_the_same_bytes_for_any_number_of_threads(toy_run, tmp_path):  # case E08
+    shutil.copytree(toy_run, tmp_path / "run")
+    prints = set()
+    for n_threads in (1, 2, 8):
+        shutil.rmtree(tmp_path / "run" / "eval")
+        words = "--preset", "toy", "--run-dir", str(tmp_path / "run"), "--n-threads", str(n_threads)
+        load_stage("eval").main(words, standalone_mode=False)
+        manifest = json.loads((tmp_path / "run" / "eval" / "manifest.json").read_text(encoding="utf-8"))
+        prints.add(manifest["fingerprint"])
+    assert len(prints) == 1
+
+
 def test_a_warm_start_of_another_dimension_is_refused(run_dir):
     with pytest.raises(UserError, match="vectors of 8 numbers, dim is 4"):
         train(run_dir, "uniform", "--warm-start", "--dim", "4")
-
-
-def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # case E16
-    run_dir = tmp_path / "run"
-    assert cli("prep", "--interactions", "toy", "--run-dir", run_dir).returncode == 0
-    preset = tmp_path / "compare.toml"
-    preset.write_text(
-        "[run]\nn_seeds = 2\nmethods = ['uniform', 'dns']\n[train]\nn_epochs = 2\ndim = 8\nbatch_size = 64\n"
-        "[grid.uniform]\nlr = [1e-4, 1e-2]\n[grid.dns]\npool_size = [2, 3]\n",
-        encoding="utf-8",
-    )
-    done = cli("compare", "--preset", preset, "--run-dir", run_dir, "--n-jobs", 2)
-    assert done.returncode == 0, done.stderr
-    told = json.loads((run_dir / "compare.json").read_text(encoding="utf-8"))
-    for row in told["rows"]:
-        tried = told["grid"][row["method"]]
-        assert len(tried) == 2 and tried[row["chosen"]] == max(tried.values())
-        values = []
-        for seed in (0, 1):
-            per_user = load_npy(run_dir / "eval" / "per_user" / f"{row['chosen']}-seed{seed}.npy")
-            values.append(np.nanmean(per_user[3]))  # recall@10, recall@20, ndcg@10, ndcg@20, ...
-        assert row["ndcg@20"] == pytest.approx(np.mean(values))
-        assert row["ndcg@20 spread"] == pytest.approx(np.std(values, ddof=1))
-        assert row["chosen"] in done.stdout
-    a, b = (row["ndcg@20"] for row in told["rows"])
-    assert told["rows"][0]["paired"]["difference"] == pytest.approx(a - b)
-    preset.write_text("[grid.dnss]\npool_size = [2]\n", encoding="utf-8")
-    wrong = cli("compare", "--preset", preset, "--run-dir", run_dir)
-    assert wrong.returncode == 1
-    assert "did you mean 'dns'" in wrong.stderr
