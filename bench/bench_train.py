@@ -3,7 +3,8 @@
     pytest bench/bench_train.py -s          # one line per measurement
     HNLM_BENCH_EPOCHS=100 pytest bench/bench_train.py -s -k quality    # to the end, for the scores
 
-RecBole 1.2.1 with its dependencies must be importable for its rows (it wants `ray` only for tuning: a stand-in does).
+RecBole 1.2.1 must be importable for its rows: beside the extra `bench` it wants colorlog, colorama 0.4.4, pyyaml, texttable
+and tensorboard (and `ray` only for tuning: a stand-in does).
 MovieLens-100K comes from RecBole's wheel, Amazon Toys from HNLM_DATA.
 """
 
@@ -28,7 +29,7 @@ from hnlm_ref.samplers import Sampler, trainable_pairs
 
 N_EPOCHS = int(os.environ.get("HNLM_BENCH_EPOCHS", "2"))
 BATCH = {"ml-100k": 2048, "toys": 4096}
-RECBOLE = importlib.util.find_spec("recbole") and importlib.util.find_spec("colorlog")
+RECBOLE = all(map(importlib.util.find_spec, ("recbole", "colorlog", "colorama", "tensorboard", "texttable")))
 
 
 @pytest.fixture(scope="session", params=["ml-100k", "toys"])
