@@ -3,8 +3,8 @@
     pytest bench/bench_train.py -s          # one line per measurement
     HNLM_BENCH_EPOCHS=100 pytest bench/bench_train.py -s -k quality    # to the end, for the scores
 
-RecBole 1.2.1 must be importable for its rows: beside the extra `bench` it wants colorlog, colorama 0.4.4, pyyaml, texttable
-and tensorboard (and `ray` only for tuning: a stand-in does).
+RecBole 1.2.1 must be importable for its rows: beside the extra `bench` it wants colorlog, colorama 0.4.4, pyyaml,
+texttable and tensorboard (and `ray` only for tuning: a stand-in does).
 MovieLens-100K comes from RecBole's wheel, Amazon Toys from HNLM_DATA.
 """
 
