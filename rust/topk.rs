@@ -158,28 +158,31 @@ fn check_product(users: &Vectors, items: &Vectors) -> Result<()> {
 }
 
 /// Ranks of a user's held-out items, without a list: an item's rank is one more than the number
-/// of items better than it, and counting stops at `k`. The threshold is the lowest score among
-/// the held-out items still in the race, and rises as they leave it.
+/// of items better than it. The held-out items stand in line, the best first, and a score that
+/// beats some of them beats all behind the first of these, so it is counted there alone. Whatever
+/// is counted beats the last in line; when that makes `k`, the last leaves, and the threshold
+/// rises to the score of the one before it.
 struct Ranks<'a> {
     excluded: &'a [i32],
     catalogue: &'a Vectors<'a>,
     held_out: &'a [i32],
     k: usize,
     racing: Vec<Racer>,
-    threshold: f32,
+    /// Items better than the last in line.
+    n_better: usize,
     ranks: &'a mut [i32],
 }
 
 struct Racer {
-    score: f32,
-    item: i32,
+    key: u64,
     slot: usize,
-    n_better: usize,
+    /// Items better than this one, but not than the one before it.
+    n_between: usize,
 }
 
 impl State for Ranks<'_> {
     fn threshold(&self) -> f32 {
-        self.threshold
+        self.racing.last().map_or(f32::INFINITY, |last| score_of(last.key))
     }
 
     fn start(&mut self, query: &[f32], kernel: &Kernel) {
@@ -190,42 +193,36 @@ impl State for Ranks<'_> {
         for (slot, &item) in self.held_out.iter().enumerate() {
             if self.excluded.binary_search(&item).is_err() {
                 self.catalogue.read(item as usize, &mut vector);
-                self.racing.push(Racer { score: kernel.dot(query, &vector), item, slot, n_better: 0 });
+                self.racing.push(Racer { key: key(kernel.dot(query, &vector), item), slot, n_between: 0 });
             }
         }
-        self.raise();
+        self.racing.sort_unstable_by_key(|racer| std::cmp::Reverse(racer.key));
     }
 
     fn offer(&mut self, hits: Hits) {
-        let mut left = false;
         for (_, item, score) in hits {
-            if self.excluded.binary_search(&item).is_ok() {
+            let key = key(score, item);
+            let behind = self.racing.partition_point(|racer| racer.key >= key);
+            if behind == self.racing.len() || self.excluded.binary_search(&item).is_ok() {
                 continue;
             }
-            for racer in &mut self.racing {
-                if score > racer.score || (score == racer.score && item < racer.item) {
-                    racer.n_better += 1;
-                    left |= racer.n_better >= self.k;
-                }
+            self.racing[behind].n_between += 1;
+            self.n_better += 1;
+            while self.n_better >= self.k
+                && let Some(last) = self.racing.pop()
+            {
+                self.n_better -= last.n_between;
             }
-        }
-        if left {
-            self.racing.retain(|racer| racer.n_better < self.k);
-            self.raise();
         }
     }
 
     fn finish(self) {
         self.ranks.fill(0);
+        let mut rank = 1;
         for racer in self.racing {
-            self.ranks[racer.slot] = racer.n_better as i32 + 1;
+            rank += racer.n_between as i32;
+            self.ranks[racer.slot] = rank;
         }
-    }
-}
-
-impl Ranks<'_> {
-    fn raise(&mut self) {
-        self.threshold = self.racing.iter().fold(f32::INFINITY, |lowest, racer| lowest.min(racer.score));
     }
 }
 
@@ -244,7 +241,7 @@ pub fn test_ranks(
         rest = tail;
         let excluded = excluded.row(user)?;
         let racing = Vec::with_capacity(held_out.len());
-        Ok(Ranks { excluded, catalogue, held_out, k, racing, threshold: f32::INFINITY, ranks })
+        Ok(Ranks { excluded, catalogue, held_out, k, racing, n_better: 0, ranks })
     });
     scan(users, catalogue, &Order::by_popularity(excluded), 64, states)
 }
