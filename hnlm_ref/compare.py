@@ -25,16 +25,8 @@ from hnlm_ref.artifacts import Run, atomic, load_json, load_npy, save_json
 from hnlm_ref.console import UserError, say
 from hnlm_ref.knobs import unknown
 
-SHARED = (
-    "backbone",
-    "dim",
-    "n_layers",
-    "lr",
-    "lambda_reg",
-    "batch_size",
-    "n_epochs",
-    "patience",
-)  # said below the table
+# Said below the table.
+SHARED = ("backbone", "dim", "n_layers", "lr", "lambda_reg", "batch_size", "n_epochs", "patience")
 
 
 def settings(grid: dict[str, Any]) -> list[str]:
@@ -113,16 +105,12 @@ def compare(
 
     told = load_json(run.folder("eval") / "metrics.json")
     column = f"ndcg@{max(told['k'])}"
-    per_user = {
-        method: np.mean(
-            [
-                load_npy(run.folder("eval") / "per_user" / f"{v}-seed{s}.npy")[told["columns"].index(column)]
-                for s in seeds
-            ],
-            axis=0,
-        )
-        for method, v in chosen.items()
-    }
+    place = told["columns"].index(column)
+
+    def per_user(variant: str, seed: int) -> np.ndarray:
+        return load_npy(run.folder("eval") / "per_user" / f"{variant}-seed{seed}.npy")[place]
+
+    means = {method: np.mean([per_user(v, seed) for seed in seeds], axis=0) for method, v in chosen.items()}
     rows: list[dict[str, Any]] = []
     for method, variant in chosen.items():
         manifests = [manifest(variant, seed) for seed in seeds]
@@ -139,7 +127,7 @@ def compare(
         others = [other for other in rows if other is not row]
         if others:
             best = max(others, key=lambda other: other[column])["method"]
-            row["best other"], row["paired"] = best, metrics.compare(per_user[row["method"]], per_user[best])
+            row["best other"], row["paired"] = best, metrics.compare(means[row["method"]], means[best])
     save_json(run.dir / "compare.json", {"grid": scores, "rows": rows})
     text = lay_out(rows, column)
     with atomic(run.dir / "compare.md") as temporary:

@@ -1,12 +1,11 @@
 """`hnlm-ref compare`: grids, failures, and its table against the files it was made from."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
 
-from hnlm_ref.artifacts import load_npy
+from hnlm_ref.artifacts import load_json, load_npy
 from hnlm_ref.compare import run_stages, settings
 from hnlm_ref.console import UserError
 
@@ -37,7 +36,7 @@ def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # cas
     )
     done = cli("compare", "--preset", preset, "--run-dir", run_dir, "--n-jobs", 2)
     assert done.returncode == 0, done.stderr
-    told = json.loads((run_dir / "compare.json").read_text(encoding="utf-8"))
+    told = load_json(run_dir / "compare.json")
     for row in told["rows"]:
         tried = told["grid"][row["method"]]
         assert len(tried) == 2 and tried[row["chosen"]] == max(tried.values())

@@ -1,6 +1,5 @@
 """Stage 4 as a user runs it, on a made-up preparation: every method, repeatable, resumable, and exact at alpha 0."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import click
 import numpy as np
 import pytest
 
-from hnlm_ref.artifacts import Csr, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
+from hnlm_ref.artifacts import Csr, load_csr, load_json, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
 from hnlm_ref.cli import load_stage, stage_file
 from hnlm_ref.console import UserError
 
@@ -69,20 +68,8 @@ def train(run_dir, method, *words, seed=0):
     preset.write_text(
         "[train]\nn_epochs = 3\nbatch_size = 64\ndim = 8\nadapter_hidden = 8\ncheckpoint_every = 1\n", encoding="utf-8"
     )
-    args = [
-        "--preset",
-        str(preset),
-        "--run-dir",
-        str(run_dir),
-        "--method",
-        method,
-        "--seed",
-        str(seed),
-        "--device",
-        "cpu",
-        *words,
-    ]
-    load_stage("train").main(args, standalone_mode=False)
+    common = ["--preset", str(preset), "--run-dir", str(run_dir), "--device", "cpu"]
+    load_stage("train").main([*common, "--method", method, "--seed", str(seed), *words], standalone_mode=False)
     return run_dir / "train" / method / f"seed{seed}"
 
 
@@ -111,14 +98,7 @@ def test_every_method_trains_and_writes_what_stage_5_reads(run_dir, method, word
     assert (user.shape, item.shape, user.dtype, item.dtype) == ((N_USERS, 8), (N_ITEMS, 8), np.float32, np.float32)
     assert [line["epoch"] for line in log] == [1, 2, 3]
     assert all(np.isfinite(list(line.values())).all() for line in log)
-    known = set(
-        map(
-            tuple,
-            Csr(*(load_npy(run_dir / "prep" / f"train.{p}.npy") for p in ("indptr", "indices")), N_ITEMS)
-            .pairs()
-            .tolist(),
-        )
-    )
+    known = set(map(tuple, load_csr(run_dir / "prep", "train", N_ITEMS).pairs().tolist()))
     assert set(negatives[:, 0]) == set(range(N_USERS))
     assert known.isdisjoint(map(tuple, negatives.tolist()))
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -162,16 +142,8 @@ def test_killed_and_started_again_gives_the_same_bytes(run_dir):
     words = ["--n-epochs", "100", "--patience", "100", "--n-threads", "1"]
     undisturbed = train(run_dir, "hnlm", *words)
     expected = files(undisturbed)
-    command = [
-        sys.executable,
-        str(stage_file("train")),
-        "--preset",
-        str(run_dir / "test.toml"),
-        "--device",
-        "cpu",
-        *words,
-    ]
-    command += ["--run-dir", str(run_dir), "--method", "hnlm"]
+    command = [sys.executable, str(stage_file("train")), "--preset", str(run_dir / "test.toml"), "--device", "cpu"]
+    command += ["--run-dir", str(run_dir), "--method", "hnlm", *words]
     (undisturbed / "manifest.json").unlink()
     process = subprocess.Popen(command)
     checkpoint = run_dir / "train" / "hnlm" / ".seed0.partial" / "checkpoint.safetensors"
@@ -194,10 +166,7 @@ def test_a_user_who_took_everything_is_named_and_skipped(tmp_path, capsys):  # c
     assert "1 users have no item left as a negative" in (told := capsys.readouterr().err)
     assert "'u0' (5 of 5 items seen)" in told
     assert set(load_npy(folder / "negatives.npy")[:, 0]) == {1}
-    assert (
-        json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["counts"]["pairs skipped, no negative left"]
-        == 5
-    )
+    assert load_json(folder / "manifest.json")["counts"]["pairs skipped, no negative left"] == 5
 
 
 def test_users_short_of_candidates_are_counted(tmp_path, capsys):  # case B11: 3 free items, a pool of 50
@@ -223,10 +192,7 @@ def test_too_few_generated_pairs_are_refused_unless_allowed(run_dir):  # case E1
     with pytest.raises(UserError, match=r"only 50\.0% of the training pairs"):
         train(run_dir, "hnlm", "--min-coverage", "0.6")
     folder = train(run_dir, "hnlm", "--min-coverage", "0.4")
-    assert (
-        json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["counts"]["pairs with a generated negative"]
-        == 120
-    )
+    assert load_json(folder / "manifest.json")["counts"]["pairs with a generated negative"] == 120
 
 
 def test_no_negatives_at_all_are_refused(run_dir):  # case B17
@@ -238,7 +204,7 @@ def test_no_negatives_at_all_are_refused(run_dir):  # case B17
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(run_dir, cli):  # case E10
     words = "train", "--run-dir", run_dir, "--n-epochs", "1", "--dim", "8"
     assert cli(*words, CUDA_VISIBLE_DEVICES="").returncode == 0
-    assert json.loads((run_dir / "train/uniform/seed0/manifest.json").read_text(encoding="utf-8"))["device"] == "cpu"
+    assert load_json(run_dir / "train" / "uniform" / "seed0" / "manifest.json")["device"] == "cpu"
     wrong = cli(*words, "--device", "cuda", "--seed", "1", CUDA_VISIBLE_DEVICES="")
     assert wrong.returncode == 1
     assert wrong.stderr.splitlines()[-1].endswith("torch finds no CUDA device here; use --device cpu or auto")
@@ -252,8 +218,7 @@ def test_evaluation_has_the_same_bytes_for_any_number_of_threads(toy_run, tmp_pa
         shutil.rmtree(tmp_path / "run" / "eval")
         words = "--preset", "toy", "--run-dir", str(tmp_path / "run"), "--n-threads", str(n_threads)
         load_stage("eval").main(words, standalone_mode=False)
-        manifest = json.loads((tmp_path / "run" / "eval" / "manifest.json").read_text(encoding="utf-8"))
-        prints.add(manifest["fingerprint"])
+        prints.add(load_json(tmp_path / "run" / "eval" / "manifest.json")["fingerprint"])
     assert len(prints) == 1
 
 
