@@ -41,7 +41,7 @@ class SftConfig:
     n_users: int = knob(0, "users to tune on; 0: all", low=0)
     pairs_per_user: int = knob(4, "items taken by a user that become triplets, at most", low=1)
     n_positives: int = knob(8, "hard negatives mined for a pair; more cost no call of the LLM", low=1)
-    held_out_users: int = knob(32, "further users whose triplets are held out", low=1)
+    held_out_users: int = knob(32, "further users whose triplets are held out; at most a quarter of all", low=1)
     mining: str = knob("window", "how the hard negative of a triplet is drawn", ("window", "pool"))
     rank_from: int = knob(0, "window: first warm-up rank among the items not taken", low=0)
     rank_to: int = knob(20, "window: rank after the last", low=1)
@@ -120,10 +120,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
     mined = mine_triplets(
         prep, (cf_user, cf_item), blocked, some, cfg.pairs_per_user, cfg.n_positives, window, cfg.pool_size, rng
     )
-    held_out = list(mined)[: cfg.held_out_users]
+    # Choice: at most a quarter of the users is held out, so that a small log can be tuned on too.
+    held_out = list(mined)[: min(cfg.held_out_users, max(len(mined) // 4, 1))]
     users = [u for u in mined if u not in held_out]
     if not users:
-        raise UserError(f"{len(mined)} users have triplets and {len(held_out)} are held out; lower held_out_users")
+        raise UserError(f"only {len(mined)} users have triplets; at least one to tune on and one held out are needed")
     if team.is_main_process:
         triplets = (
             {"user": u, "item": i, "positive": j, "negative": i, "held_out": u in held_out}
@@ -134,7 +135,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
         save_jsonl(out / "triplets.jsonl", triplets)
     queries = llm.make_queries(tokenizer, prep.users, prep.items, cfg.max_user_tokens, cfg.max_item_tokens)
     n_triplets = sum(len(pairs) for pairs in mined.values()) * cfg.n_positives
-    say(f"[sft] {n_triplets:,} triplets; {queries.n_shortened:,} prompt parts cut to their token limit")
+    say(f"[sft] {n_triplets:,} triplets, those of {len(held_out)} users held out")
+    say(f"[sft] {queries.n_shortened:,} prompt parts cut to their token limit")
 
     # The model: frozen weights, LoRA, soft tokens, head.
     torch.manual_seed(run.seed)

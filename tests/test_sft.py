@@ -199,16 +199,22 @@ def test_triplets_hold_out_whole_users_and_no_prompt_names_an_unseen_item(undist
         assert t["positive"] not in train.row(t["user"])
 
 
-def test_a_window_without_ranks_and_too_many_held_out_are_told(toy_run, tmp_path):
+def test_a_window_without_ranks_and_a_missing_model_are_told(toy_run, tmp_path):
     run = with_prep(toy_run, tmp_path)
     for words, message in (
         (("--rank-from", 9, "--rank-to", 9), "leave no rank to mine from"),
-        (("--held-out-users", 60), "lower held_out_users"),
         (("--model", "no/such/model"), "--model no/such/model"),
     ):
         with pytest.raises(UserError, match=message):
             run_stage("sft", run, *words)
         assert not (run / "sft").exists()
+
+
+def test_at_most_a_quarter_of_the_users_is_held_out(toy_run, tmp_path):
+    run = with_prep(toy_run, tmp_path)
+    run_stage("sft", run, "--held-out-users", 60, "--n-epochs", 0)
+    held_out = [t["user"] for t in load_jsonl(run / "sft" / "triplets.jsonl") if t["held_out"]]
+    assert len(set(held_out)) == 15  # of 60
 
 
 def test_transfer_keeps_the_tuned_weights_and_solves_a_head_of_its_own(toy_run, cli, tmp_path):
