@@ -422,7 +422,7 @@ def whiten(vectors: np.ndarray, n_directions: int = 512) -> np.ndarray:
     """Coordinates along the strongest directions of centred vectors, each scaled to variance 1; float32 [n, <= 512]."""
     left, strength, _ = np.linalg.svd(vectors, full_matrices=False)
     kept = strength[:n_directions] > 1e-6 * strength[0]
-    return left[:, :n_directions][:, kept] * len(vectors) ** 0.5
+    return np.ascontiguousarray(left[:, :n_directions][:, kept] * len(vectors) ** 0.5)  # as the core takes them
 
 
 # ---- checkpoints of tuning --------------------------------------------------------------------------------------

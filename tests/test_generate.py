@@ -74,6 +74,14 @@ def test_skipped_warm_up_ranks_are_never_matched(toy_run, tmp_path):
         assert not set(matches[mine].flatten().tolist()) & {*taken, *best}
 
 
+def test_negatives_of_a_model_tuned_on_text_vectors_are_matched(toy_run, tmp_path):
+    shutil.copytree(toy_run / "prep", tmp_path / "prep")
+    run_stage("sft", tmp_path, "--target", "text", "--n-epochs", 0)
+    generate(tmp_path, "--pairs-per-user", 1)
+    matches = load_npy(tmp_path / "generate" / "matches.npy")
+    assert matches.shape == (60, 20) and (matches >= 0).all()
+
+
 def test_a_killed_generation_reuses_its_shards_and_ends_in_the_same_bytes(made, toy_run, tmp_path):
     run = with_inputs(toy_run, tmp_path)
     process = start(run, "--rows-per-shard", 7)  # case D17
