@@ -370,6 +370,10 @@ def _team(stage: str, run: Run) -> Any:
         return None
     if stage not in ("sft", "generate"):
         raise UserError(f"[{stage}] runs in one process; only sft and generate share their work among several")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UserError(
+            f"[{stage}] weights are not sharded over processes (FSDP); each holds the model, see --load-in-4bit"
+        )
     import accelerate
 
     team = accelerate.PartialState(cpu=run.device == "cpu")
