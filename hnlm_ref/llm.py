@@ -140,7 +140,7 @@ def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
         raise UserError(
             f"{folder}: the adapter does not belong to this model: {str(error).splitlines()[-1]}"
         ) from error
-    saved, wanted = set(load_file(file)), set(peft.get_peft_model_state_dict(model))
+    saved, wanted = set(load_file(file)), set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != wanted:
         raise UserError(
             f"{folder}: the adapter does not belong to this model: {len(wanted - saved)} of its weights are missing, "
