@@ -104,7 +104,7 @@ def _recommendations(view: View, folder: Path) -> Iterator[Block]:
         yield {**columns, "rank": (column + 1).astype(np.int32), "score": scores[row, column]}
 
 
-# ---- formats------------------------------------------------------------------------------------------------
+# ---- formats ----------------------------------------------------------------------------------------------------
 
 # RecBole's names and types; set alias_of_item_id to [neg_item_id] and the negatives share the items' vocabulary.
 RECBOLE = {
