@@ -38,7 +38,8 @@ class Enhancer(nn.Module):
 class RlmRecContrastive(Enhancer):
     """RLMRec-Con (Ren et al., WWW 2024): InfoNCE between a node's vector and the projection of its text.
 
-    Choice: in-batch InfoNCE of users and of positives, temperature 0.2, without the term of the sampled negatives.
+    Choice: InfoNCE among the batch's users and among its positives, each once, since a node is no negative of itself;
+    temperature 0.2, without the term of the sampled negatives.
     """
 
     def __init__(self, text: np.ndarray, n_users: int, dim: int):
@@ -46,7 +47,7 @@ class RlmRecContrastive(Enhancer):
         self.project = mlp(text.shape[1], dim)
 
     def extra_loss(self, batch: Batch, user_emb: Tensor, item_emb: Tensor) -> Tensor:
-        users, items = batch.users, batch.items
+        users, items = batch.users.unique(), batch.items.unique()
         user_text, item_text = self.project(self.text[users]), self.project(self.text[self.n_users + items])  # [B, d]
         return info_nce(user_emb[users], user_text, 0.2) + info_nce(item_emb[items], item_text, 0.2)
 
