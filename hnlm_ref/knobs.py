@@ -93,23 +93,33 @@ def unknown(name: str, known: Iterable[str]) -> str:
 # ---- presets ----------------------------------------------------------------------------------------------------
 
 
-def load_preset(name: str | None) -> dict[str, dict]:
-    """The tables of a preset, by name or by path to a .toml file; no preset has no tables."""
+def load_preset(name: str | None, beside: Path = Path()) -> dict[str, dict]:
+    """The tables of a preset, by name or by path to a .toml file; no preset has no tables.
+
+    `extends = NAME` in its first lines lays them over those of another preset; a path there is relative to the file.
+    """
     if name is None:
         return {}
-    path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    path = beside / name if name.endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"no preset {name!r}: {unknown(name, sorted(p.stem for p in PRESETS.glob('*.toml')))}")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"preset {path}: {error}") from error
+    below = load_preset(tables.pop("extends", None), path.parent)
     for table in tables:
         if table not in ("run", *STAGES, "methods", "grid"):
             raise UserError(
                 f"preset {path}: unknown table [{table}]; {unknown(table, ('run', *STAGES, 'methods', 'grid'))}"
             )
-    return tables
+    return _lay_over(below, tables)
+
+
+def _lay_over(below: dict, above: dict) -> dict:
+    """Both, `above` winning, table by table to the bottom."""
+    both = {k: _lay_over(below[k], v) for k, v in above.items() if isinstance(v, dict) and k in below}
+    return below | above | both
 
 
 def resolve(config: type, *layers: tuple[str, dict]) -> Any:

@@ -82,3 +82,15 @@ def test_a_method_without_a_table_is_the_sampler_of_that_name():
 
 def test_every_field_carries_a_help_text():
     assert all(field.metadata["help"] for field in fields(Config))
+
+
+def test_a_preset_lies_over_the_one_it_extends(tmp_path):
+    (tmp_path / "low.toml").write_text("[run]\nseed = 1\nn_seeds = 2\n[methods.a]\nlr = 0.1\ndim = 8\n")
+    (tmp_path / "high.toml").write_text(
+        'extends = "low.toml"\n[run]\nseed = 3\n[methods.a]\ndim = 9\n[prep]\nk_core = 2\n'
+    )
+    expected = {"run": {"seed": 3, "n_seeds": 2}, "methods": {"a": {"lr": 0.1, "dim": 9}}, "prep": {"k_core": 2}}
+    assert load_preset(str(tmp_path / "high.toml")) == expected
+    (tmp_path / "lost.toml").write_text('extends = "toyz"\n')
+    with pytest.raises(UserError, match="no preset 'toyz': did you mean 'toys'?"):
+        load_preset(str(tmp_path / "lost.toml"))
