@@ -51,13 +51,23 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one sentence; every file was whole when its stage ended."""
+    try:
+        yield
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete its folder and run the stage again") from error
+
+
 def save_npy(path: Path, array: np.ndarray) -> None:
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
 
 def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
-    return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    with _whole(path):
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -66,7 +76,8 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    with _whole(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
@@ -75,7 +86,7 @@ def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def load_jsonl(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8") as file:
+    with _whole(path), path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 

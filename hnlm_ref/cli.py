@@ -52,6 +52,14 @@ class _Group(click.Group):
             raise UserError(f"no command {args[0]!r}: {unknown(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `hnlm-ref show RUN | head`: click ends quietly
+            raise
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}") from error
+
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 

@@ -45,7 +45,7 @@ class RunConfig:
     n_seeds: int = knob(1, "train and evaluate with this many seeds: seed, seed + 1, ...", low=1)
     methods: tuple[str, ...] = knob(("uniform", "dns", "hnlm"), "what to train: [methods.NAME] tables, or samplers")
     device: str = knob("auto", "where torch computes: auto takes the GPU if there is one", ("auto", "cpu", "cuda"))
-    n_threads: int = knob(0, "threads, 0 for all cores; no result depends on it", low=0)
+    n_threads: int = knob(0, "threads, 0 for all cores; no result depends on it", low=0, high=1024)
 
 
 def cast(kind: Any, value: Any) -> Any:
@@ -139,6 +139,10 @@ def resolve(config: type, *layers: tuple[str, dict]) -> Any:
 
 def method_knobs(tables: dict[str, dict], method: str) -> dict:
     """The overrides of a method; one without a table is the sampler of that name. "dns@pool_size=8" changes a knob."""
+    if "/" in method or method.startswith("."):
+        raise UserError(
+            f"method {method!r}: the name becomes a folder, so it may hold no slash and not begin with a dot"
+        )
     name, *changes = method.split("@")
     return tables.get("methods", {}).get(name, {"sampler": name}) | dict(c.partition("=")[::2] for c in changes)
 
@@ -229,7 +233,9 @@ class StageCommand(click.Command):
         if self.stage == "train":
             method = typed[1].get("method") or tables.get("train", {}).get("method") or "uniform"
             knobs = {"method": method, **method_knobs(tables, method)}
-            layers.append((f"preset [methods.{method}]", {k: v for k, v in knobs.items() if k not in typed[1]}))
+            known = method.partition("@")[0] in tables.get("methods", {})
+            where = f"preset [methods.{method}]" if known else f"method {method!r}, which has no table in a preset"
+            layers.append((where, {k: v for k, v in knobs.items() if k not in typed[1]}))
         return resolve(self.config, *layers, typed)
 
     def plan(self, cfg: Any, run: Run) -> tuple[str, dict, dict, str]:

@@ -115,6 +115,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         full = np.flatnonzero(free == 0)
         who = f"user {prep.users[full[0]]['key']!r} ({prep.n_items} of {prep.n_items} items seen)"
         say(f"{len(full)} users have no item left as a negative and are skipped in training, the first is {who}")
+    if not len(pairs):
+        raise UserError(f"{run.dir / 'prep'} leaves nothing to train on: {who}, and so has every other user")
 
     # What is trained: an encoder, enhanced by texts or not, and the adapter of generated vectors if they are mixed in.
     torch.manual_seed(training.epoch_seed(run.seed, 0))

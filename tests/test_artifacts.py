@@ -173,3 +173,16 @@ def test_several_processes_where_they_cannot_help_are_refused(tmp_path, monkeypa
     with pytest.raises(UserError, match=sentence):
         run_stage(stage, Run(tmp_path), {}, {}, "key", lambda run: {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "load"), [("a.npy", artifacts.load_npy), ("a.json", load_json), ("a.jsonl", artifacts.load_jsonl)]
+)
+@pytest.mark.parametrize("content", [b"", b"{", b"\x93NUMPY\x01\x00v"], ids=["empty", "cut", "cut header"])
+def test_a_damaged_file_is_named_in_one_sentence(tmp_path, name, load, content):
+    (tmp_path / name).write_bytes(content)
+    if (name, content) == ("a.jsonl", b""):
+        assert load(tmp_path / name) == []  # no line is no damage
+        return
+    with pytest.raises(UserError, match=rf"{name} is damaged \(.*delete its folder and run the stage again"):
+        load(tmp_path / name)

@@ -94,3 +94,9 @@ def test_a_preset_lies_over_the_one_it_extends(tmp_path):
     (tmp_path / "lost.toml").write_text('extends = "toyz"\n')
     with pytest.raises(UserError, match=r"no preset 'toyz': did you mean 'toy'"):
         load_preset(str(tmp_path / "lost.toml"))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", ".x", ".."])
+def test_a_method_cannot_leave_the_folder_of_the_run(name):
+    with pytest.raises(UserError, match="it may hold no slash and not begin with a dot"):
+        method_knobs({}, name)

@@ -90,6 +90,7 @@ def test_show_in_the_terminal_is_plain_where_there_is_no_terminal(marked_run, cl
         (("show", "{empty}"), "is not finished; run: hnlm-ref eval"),
         (("report", "{empty}"), "is not finished; run: hnlm-ref eval"),
         (("export", "{run}", "--what", "negatives", "--format", "csv", "--method", "dsn"), "did you mean 'dns'?"),
+        (("report", "{run}", "--out", "{empty}/no/page.html"), "page.html.tmp: No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_sentence(toy_run, tmp_path, cli, words, sentence):

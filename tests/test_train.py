@@ -169,6 +169,15 @@ def test_a_user_who_took_everything_is_named_and_skipped(tmp_path, capsys):  # c
     assert load_json(folder / "manifest.json")["counts"]["pairs skipped, no negative left"] == 5
 
 
+def test_users_who_all_took_everything_leave_nothing_to_train_on(tmp_path):
+    everything = Csr.from_pairs(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), 2, 2)
+    write_prep(tmp_path, everything, Csr.from_pairs([0], [0], 2, 2))
+    with pytest.raises(
+        UserError, match=r"nothing to train on: user 'u0' \(2 of 2 items seen\), and so has every other"
+    ):
+        train(tmp_path, "uniform")
+
+
 def test_users_short_of_candidates_are_counted(tmp_path, capsys):  # case B11: 3 free items, a pool of 50
     rows, items = np.array([0] * 57 + [1]), np.array([*range(57), 0])
     write_prep(tmp_path, Csr.from_pairs(rows, items, 2, 60), Csr.from_pairs([1], [1], 2, 60))
