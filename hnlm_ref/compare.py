@@ -67,9 +67,10 @@ def compare(
     n_jobs       trainings at a time, the threads shared out among them; no result depends on it
     """
     grids: dict[str, dict] = tables.get("grid", {})
+    known = [*run.methods, *tables.get("run", {}).get("methods", ())]  # --methods may ask for some of the preset's only
     for name in grids:
-        if name not in run.methods:
-            raise UserError(f"preset [grid.{name}]: no such method is compared; {unknown(name, run.methods)}")
+        if name not in known:
+            raise UserError(f"preset [grid.{name}]: no such method is compared; {unknown(name, known)}")
     n_threads = max(1, (run.n_threads or os.cpu_count() or 1) // n_jobs)
     common = ["--run-dir", str(run.dir), *(["--preset", run.preset] if run.preset else []), "--device", run.device_knob]
 

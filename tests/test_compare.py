@@ -49,6 +49,10 @@ def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # cas
         assert row["chosen"] in done.stdout
     a, b = (row["ndcg@20"] for row in told["rows"])
     assert told["rows"][0]["paired"]["difference"] == pytest.approx(a - b)
+    alone = cli(
+        "compare", "--preset", preset, "--run-dir", run_dir, "--methods", "dns"
+    )  # the other grid is not asked for
+    assert alone.returncode == 0 and alone.stdout.count("| dns@") == 1 and "| uniform@" not in alone.stdout
     preset.write_text("[grid.dnss]\npool_size = [2]\n", encoding="utf-8")
     wrong = cli("compare", "--preset", preset, "--run-dir", run_dir)
     assert wrong.returncode == 1
