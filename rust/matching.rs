@@ -22,6 +22,7 @@ pub struct Band {
 /// nothing, and nothing matches it.
 struct Nearest<'a> {
     best: Best<'a>,
+    excluded: &'a [i32],
     max: f32,
     item_norms: &'a [f64],
 }
@@ -31,16 +32,16 @@ impl State for Nearest<'_> {
         self.best.threshold()
     }
 
-    fn start(&mut self, query: &[f32], kernel: &Kernel) {
-        self.best.start(query, kernel);
+    fn skipped(&self) -> impl Iterator<Item = &i32> {
+        self.excluded.iter()
     }
+
+    fn start(&mut self, _query: &[f32], _kernel: &Kernel) {}
 
     fn offer(&mut self, hits: Hits) {
         let (max, norms) = (self.max, self.item_norms);
-        self.best.take(hits, |item, score| {
-            let cosine = score.clamp(-1.0, 1.0);
-            (cosine <= max && norms[item as usize] > 0.0).then_some(cosine)
-        });
+        let cosines = hits.map(|(item, score)| (item, score.clamp(-1.0, 1.0)));
+        self.best.take(cosines.filter(|&(item, cosine)| cosine <= max && norms[item as usize] > 0.0));
     }
 
     fn finish(self) {
@@ -63,8 +64,8 @@ pub fn match_items(
         // A computed cosine may lie a rounding error below -1; it is clipped, not lost.
         let open = if band.min <= -1.0 { f32::MIN } else { band.min };
         let floor = if query_norms[query] > 0.0 { open } else { f32::INFINITY };
-        let best = Best::new(order.places(excluded.row(users[query] as usize)?), floor, items, scores);
-        Ok(Nearest { best, max: band.max, item_norms: &item_norms })
+        let excluded = excluded.row(users[query] as usize)?;
+        Ok(Nearest { best: Best::new(floor, items, scores), excluded, max: band.max, item_norms: &item_norms })
     });
     scan(&queries, &catalogue, &order, Best::bytes(k), states)
 }
@@ -91,13 +92,17 @@ pub fn match_titles(
             let mut touched: Vec<i32> = lists().copied().collect();
             touched.sort_unstable();
             touched.dedup();
-            let mut best = Best::new(excluded.row(users[query] as usize)?.to_vec(), min_similarity, items, scores);
+            let excluded = excluded.row(users[query] as usize)?;
+            let mut best = Best::new(min_similarity, items, scores);
             for some in touched.chunks(64) {
+                let threshold = best.threshold();
                 let likeness = some.iter().map(|&item| {
                     let shared = std::mem::take(&mut common[item as usize]);
-                    (item, item, (2 * shared) as f32 / (own.len() + grams[item as usize].len()) as f32)
+                    (item, (2 * shared) as f32 / (own.len() + grams[item as usize].len()) as f32)
                 });
-                best.take(likeness, |_, likeness| (likeness >= min_similarity).then_some(likeness));
+                let is_hit =
+                    |(item, likeness): &(i32, f32)| *likeness >= threshold && excluded.binary_search(item).is_err();
+                best.take(likeness.filter(is_hit));
             }
             best.finish();
             Ok(())

@@ -19,6 +19,8 @@ use crate::simd::{self, Kernel};
 /// threads' buffers they keep every call below 64 MB, whatever the numbers of users and items.
 const PANEL_BYTES: usize = 16 << 20;
 const STATE_BYTES: usize = 24 << 20;
+/// Items of a block at most: the bits of a [`Row`] stay below 8 KB.
+const BLOCK_ITEMS: usize = 1 << 16;
 /// Bytes of panels that a thread goes over with all its queries before it takes the next.
 const CACHE_BYTES: usize = 512 << 10;
 /// Bytes of queries that one task packs.
@@ -45,58 +47,59 @@ impl<'a> Vectors<'a> {
         Self { values, dim, len, norms: None }
     }
 
-    fn copy(&self, row: usize, out: &mut [f32]) {
+    /// One vector as it is given: where it lies if that is in `f32`, else in the buffer.
+    fn given<'b>(&'b self, row: usize, buffer: &'b mut [f32]) -> &'b [f32] {
         let span = row * self.dim..(row + 1) * self.dim;
         match self.values {
-            Values::F32(values) => out.copy_from_slice(&values[span]),
-            Values::F16(values) => values[span].convert_to_f32_slice(out),
+            Values::F32(values) => return &values[span],
+            Values::F16(values) => values[span].convert_to_f32_slice(buffer),
         }
+        buffer
     }
 
     /// One vector as the kernels see it.
-    pub fn read(&self, row: usize, out: &mut [f32]) {
-        self.copy(row, out);
-        if let Some(norms) = self.norms
-            && norms[row] > 0.0
-        {
-            out.iter_mut().for_each(|value| *value = (*value as f64 / norms[row]) as f32);
+    pub fn read<'b>(&'b self, row: usize, buffer: &'b mut [f32]) -> &'b [f32] {
+        let Some(norms) = self.norms else { return self.given(row, buffer) };
+        match self.values {
+            Values::F32(values) => buffer.copy_from_slice(&values[row * self.dim..(row + 1) * self.dim]),
+            Values::F16(_) => _ = self.given(row, buffer),
         }
+        if norms[row] > 0.0 {
+            buffer.iter_mut().for_each(|value| *value = (*value as f64 / norms[row]) as f32);
+        }
+        buffer
     }
 
     /// Euclidean lengths in `f64`; refuses NaN and infinities by row.
     pub fn lengths(&self, name: &'static str) -> Result<Vec<f64>> {
         let length = |buffer: &mut Vec<f32>, row| {
-            self.copy(row, buffer);
-            buffer.iter().map(|&value| value as f64 * value as f64).sum::<f64>().sqrt()
+            self.given(row, buffer).iter().map(|&value| value as f64 * value as f64).sum::<f64>().sqrt()
         };
         let lengths: Vec<f64> = (0..self.len).into_par_iter().map_init(|| vec![0.0; self.dim], length).collect();
         let Some(row) = lengths.iter().position(|length| !length.is_finite()) else {
             return Ok(lengths);
         };
         let mut bad = vec![0.0; self.dim];
-        self.copy(row, &mut bad);
-        let count = bad.iter().filter(|value| !value.is_finite()).count();
+        let count = self.given(row, &mut bad).iter().filter(|value| !value.is_finite()).count();
         Err(Error::NonFinite { name, unit: "row", row, count })
     }
 }
 
-/// Some scores of one query that reached its threshold: those of the set `bits`. `first` is the
-/// place of `items[0]` in the order of the scan.
+/// Some scores of one query that reached its threshold: those of the set `bits`.
 pub struct Hits<'a> {
     pub bits: u64,
     pub scores: &'a [f32],
     pub items: &'a [i32],
-    pub first: i32,
 }
 
-/// Place in the order of the scan, item, score.
+/// Item and score.
 impl Iterator for Hits<'_> {
-    type Item = (i32, i32, f32);
+    type Item = (i32, f32);
 
     #[inline(always)]
-    fn next(&mut self) -> Option<(i32, i32, f32)> {
+    fn next(&mut self) -> Option<(i32, f32)> {
         let at = self.bits.trailing_zeros() as usize;
-        let hit = (self.first + at as i32, *self.items.get(at)?, *self.scores.get(at)?);
+        let hit = (*self.items.get(at)?, *self.scores.get(at)?);
         self.bits &= self.bits.wrapping_sub(1);
         Some(hit)
     }
@@ -106,7 +109,7 @@ impl Iterator for Hits<'_> {
 /// of every item in it. Models like popular items, so thresholds rise early, held-out items that
 /// will be beaten K times are beaten early, and the rest of the scan is the bare product.
 pub struct Order {
-    pub items: Vec<i32>,
+    items: Vec<i32>,
     places: Vec<i32>,
 }
 
@@ -124,22 +127,17 @@ impl Order {
         items.iter().zip(0..).for_each(|(&item, place)| places[item as usize] = place);
         Self { items, places }
     }
-
-    /// The places of some items, ascending.
-    pub fn places(&self, items: &[i32]) -> Vec<i32> {
-        let mut places: Vec<i32> = items.iter().map(|&item| self.places[item as usize]).collect();
-        places.sort_unstable();
-        places
-    }
 }
 
 /// What is kept of one query's scores.
 pub trait State: Send {
     /// Scores below this are of no interest any more; infinity ends the scan of this query.
     fn threshold(&self) -> f32;
+    /// Items that are never offered.
+    fn skipped(&self) -> impl Iterator<Item = &i32>;
     /// Called once before the first score, with the query and the kernel in use.
     fn start(&mut self, query: &[f32], kernel: &Kernel);
-    /// Scores that reached the threshold, in the order of the scan, at most 64.
+    /// Scores that reached the threshold, at most 64.
     fn offer(&mut self, hits: Hits);
     /// Called once after the last score.
     fn finish(self);
@@ -152,7 +150,7 @@ pub fn scan<S: State>(
 ) -> Result<()> {
     let kernel = simd::kernel();
     let batch = (STATE_BYTES / (state_bytes + size_of::<S>())).clamp(64, 1 << 14);
-    let block = (PANEL_BYTES / (4 * items.dim.max(1) * kernel.cols)).max(1) * kernel.cols;
+    let block = (PANEL_BYTES / (4 * items.dim.max(1) * kernel.cols)).clamp(1, BLOCK_ITEMS / kernel.cols) * kernel.cols;
     let group = (QUERY_BYTES / (4 * items.dim.max(1))).clamp(1, 128).next_multiple_of(kernel.rows);
     let mut panels = Panels { kernel, dim: items.dim, values: Vec::new(), first: 0, items: &[] };
     let mut states = states.peekable();
@@ -164,7 +162,7 @@ pub fn scan<S: State>(
                 panels.pack(items, b * block, part);
             }
             alive.par_chunks_mut(group).enumerate().for_each(|(g, states)| {
-                scan_group(&panels, queries, first + g * group, states);
+                scan_group(&panels, &order.places, queries, first + g * group, states);
             });
         }
         first += alive.len();
@@ -193,7 +191,7 @@ impl<'a> Panels<'a> {
             |row, (panel, part)| {
                 panel[..].fill(0.0);
                 for (c, &item) in part.iter().enumerate() {
-                    items.read(item as usize, row);
+                    let row = items.read(item as usize, row);
                     row.iter().zip(panel[c..].iter_mut().step_by(width)).for_each(|(&value, slot)| *slot = value);
                 }
             },
@@ -206,35 +204,51 @@ impl<'a> Panels<'a> {
     }
 }
 
+/// A query, what is kept of its scores, and the items of the block that it skips, as bits in the
+/// order of the scan: leaving them out of the hits of a tile is one instruction, however many.
+struct Row<'a, S> {
+    query: &'a [f32],
+    state: &'a mut S,
+    skipped: &'a [u64],
+}
+
 /// One group of queries against one block of panels. Queries that are done (see
 /// [`State::threshold`]) leave between two parts of the block, and the others close the ranks; the
 /// parts start small, since many leave early, and grow to what the cache holds.
-fn scan_group<S: State>(panels: &Panels, queries: &Vectors, first: usize, states: &mut [S]) {
+fn scan_group<S: State>(panels: &Panels, places: &[i32], queries: &Vectors, first: usize, states: &mut [S]) {
     let (kernel, dim) = (panels.kernel, panels.dim);
-    let mut rows: Vec<f32> = vec![0.0; states.len() * dim];
-    for (q, state) in states.iter_mut().enumerate() {
-        let row = &mut rows[q * dim..(q + 1) * dim];
-        queries.read(first + q, row);
+    let n_words = panels.items.len().div_ceil(64);
+    let mut vectors = vec![0.0; states.len() * dim];
+    let mut skipped = vec![0; states.len() * n_words];
+    let mut active = Vec::with_capacity(states.len());
+    let mut vectors = vectors.chunks_mut(dim.max(1));
+    for ((q, state), skipped) in states.iter_mut().enumerate().zip(skipped.chunks_mut(n_words.max(1))) {
+        let query = queries.read(first + q, vectors.next().unwrap_or_default());
         if panels.first == 0 {
-            state.start(row, kernel);
+            state.start(query, kernel);
         }
+        for &item in state.skipped() {
+            let place = (places[item as usize] as usize).wrapping_sub(panels.first);
+            if let Some(word) = skipped.get_mut(place / 64) {
+                *word |= 1 << (place % 64);
+            }
+        }
+        active.push(Row { query, state, skipped });
     }
-    let mut active: Vec<(&[f32], &mut S)> =
-        states.iter_mut().enumerate().map(|(q, state)| (&rows[q * dim..(q + 1) * dim], state)).collect();
     let n_panels = panels.items.len().div_ceil(kernel.cols);
     let most = (CACHE_BYTES / (4 * kernel.cols * dim.max(1))).max(1);
     let (mut start, mut length) = (0, if panels.first == 0 { 4 } else { most });
     let mut tiles = Vec::new();
     while start < n_panels && !active.is_empty() {
         if tiles.len() != active.len().div_ceil(kernel.rows) {
-            tiles = active.chunks(kernel.rows).map(|queries| pack_queries(kernel, dim, queries)).collect();
+            tiles = active.chunks(kernel.rows).map(|rows| pack_queries(kernel, dim, rows)).collect();
         }
         let end = n_panels.min(start + length.min(most));
-        for (queries, packed) in active.chunks_mut(kernel.rows).zip(&tiles) {
-            pass(panels, start..end, packed, queries);
+        for (rows, packed) in active.chunks_mut(kernel.rows).zip(&tiles) {
+            pass(panels, start..end, packed, rows);
         }
         let n_before = active.len();
-        active.retain(|(_, state)| state.threshold() < f32::INFINITY);
+        active.retain(|row| row.state.threshold() < f32::INFINITY);
         if active.len() < n_before {
             tiles.clear();
         }
@@ -243,33 +257,32 @@ fn scan_group<S: State>(panels: &Panels, queries: &Vectors, first: usize, states
 }
 
 /// Up to `kernel.rows` queries side by side, dimension after dimension.
-fn pack_queries<S>(kernel: &Kernel, dim: usize, queries: &[(&[f32], &mut S)]) -> Vec<f32> {
+fn pack_queries<S>(kernel: &Kernel, dim: usize, rows: &[Row<S>]) -> Vec<f32> {
     let mut packed = vec![0.0; kernel.rows * dim];
-    for (r, (query, _)) in queries.iter().enumerate() {
+    for (r, row) in rows.iter().enumerate() {
         let column = packed.iter_mut().skip(r).step_by(kernel.rows);
-        query.iter().zip(column).for_each(|(&value, slot)| *slot = value);
+        row.query.iter().zip(column).for_each(|(&value, slot)| *slot = value);
     }
     packed
 }
 
 /// One tile of queries against some panels.
-fn pass<S: State>(panels: &Panels, span: std::ops::Range<usize>, packed: &[f32], queries: &mut [(&[f32], &mut S)]) {
+fn pass<S: State>(panels: &Panels, span: std::ops::Range<usize>, packed: &[f32], rows: &mut [Row<S>]) {
     let (kernel, cols) = (panels.kernel, panels.kernel.cols);
     let (mut scores, mut hits) = ([0.0; simd::MAX_TILE], [0; simd::MAX_ROWS]);
     let (scores, hits) = (&mut scores[..kernel.rows * cols], &mut hits[..kernel.rows]);
     let mut thresholds = [f32::INFINITY; simd::MAX_ROWS];
-    thresholds.iter_mut().zip(&*queries).for_each(|(threshold, (_, state))| *threshold = state.threshold());
+    thresholds.iter_mut().zip(&*rows).for_each(|(threshold, row)| *threshold = row.state.threshold());
     for p in span {
         if !kernel.tile(panels.dim, packed, panels.panel(p), &thresholds[..kernel.rows], scores, hits) {
             continue;
         }
         let items = &panels.items[p * cols..panels.items.len().min((p + 1) * cols)];
-        for (r, (_, state)) in queries.iter_mut().enumerate() {
-            let bits = hits[r] & (u64::MAX >> (64 - items.len()));
+        for (r, row) in rows.iter_mut().enumerate() {
+            let bits = hits[r] & (u64::MAX >> (64 - items.len())) & !(row.skipped[p * cols / 64] >> (p * cols % 64));
             if bits != 0 {
-                let first = (panels.first + p * cols) as i32;
-                state.offer(Hits { bits, scores: &scores[r * cols..(r + 1) * cols], items, first });
-                thresholds[r] = state.threshold();
+                row.state.offer(Hits { bits, scores: &scores[r * cols..(r + 1) * cols], items });
+                thresholds[r] = row.state.threshold();
             }
         }
     }

@@ -142,7 +142,7 @@ pub struct Kernel {
     tile: Tile,
     tries: Tries,
     screen: Screen,
-    dot: unsafe fn(&[f32], &[f32]) -> f32,
+    dots: unsafe fn(&[f32], [&[f32]; DOTS]) -> [f32; DOTS],
     available: fn() -> bool,
 }
 
@@ -178,9 +178,23 @@ unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
     }
 }
 
+/// Products of a query with some items. Each is a chain of multiply-adds that wait for one another;
+/// several chains side by side fill the time.
+#[inline(always)]
+fn dots(query: &[f32], items: [&[f32]; DOTS], step: impl Fn(f32, f32, f32) -> f32) -> [f32; DOTS] {
+    let items = items.map(|item| &item[..query.len()]);
+    let mut sums = [0.0; DOTS];
+    for (k, &value) in query.iter().enumerate() {
+        for (sum, item) in sums.iter_mut().zip(items) {
+            *sum = step(value, item[k], *sum);
+        }
+    }
+    sums
+}
+
 /// A kernel compiled with the processor's features switched on.
 macro_rules! kernel {
-    ($name:literal, $tile:ident, $tries:ident, $screen:ident, $dot:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
+    ($name:literal, $tile:ident, $tries:ident, $screen:ident, $dots:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
         $(#[target_feature(enable = $feature)])?
         unsafe fn $tries(seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
             random::first_tries(seed, row, n, bound, numbers, coins)
@@ -190,16 +204,19 @@ macro_rules! kernel {
             candidates::screen(csr, users, longest, out, found)
         }
         $(#[target_feature(enable = $feature)])?
-        unsafe fn $dot(query: &[f32], item: &[f32]) -> f32 {
-            query.iter().zip(item).fold(0.0, |sum, (q, i)| $lanes::step(*q, *i, sum))
+        unsafe fn $dots(query: &[f32], items: [&[f32]; DOTS]) -> [f32; DOTS] {
+            dots(query, items, $lanes::step)
         }
         $(#[target_feature(enable = $feature)])?
         unsafe fn $tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
             unsafe { tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
         }
-        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, screen: $screen, dot: $dot, available: || $available }
+        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, screen: $screen, dots: $dots, available: || $available }
     }};
 }
+
+/// Products that [`Kernel::dots`] makes at a time.
+pub const DOTS: usize = 8;
 
 /// Room for the tile of any kernel.
 pub const MAX_ROWS: usize = 14;
@@ -217,12 +234,12 @@ fn has_avx512() -> bool {
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx512", tile_avx512, tries_avx512, screen_avx512, dot_avx512, Avx512, 14 x 2, has_avx512(), "avx512f,avx512dq,avx512bw,avx512vl"),
+    kernel!("avx512", tile_avx512, tries_avx512, screen_avx512, dots_avx512, Avx512, 14 x 2, has_avx512(), "avx512f,avx512dq,avx512bw,avx512vl"),
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx2", tile_avx2, tries_avx2, screen_avx2, dot_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
+    kernel!("avx2", tile_avx2, tries_avx2, screen_avx2, dots_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
     #[cfg(target_arch = "aarch64")]
-    kernel!("neon", tile_neon, tries_neon, screen_neon, dot_neon, Neon, 6 x 4, true, "neon"),
-    kernel!("plain", tile_plain, tries_plain, screen_plain, dot_plain, Plain, 4 x 2, true),
+    kernel!("neon", tile_neon, tries_neon, screen_neon, dots_neon, Neon, 6 x 4, true, "neon"),
+    kernel!("plain", tile_plain, tries_plain, screen_plain, dots_plain, Plain, 4 x 2, true),
 ];
 
 /// The kernel in use, as one more than its place in `KERNELS`; 0 before the first question.
@@ -309,10 +326,10 @@ impl Kernel {
         unsafe { (self.screen)(csr, users, longest, out, found) }
     }
 
-    /// One score as `tile` computes it.
-    pub fn dot(&self, query: &[f32], item: &[f32]) -> f32 {
+    /// Scores as `tile` computes them.
+    pub fn dots(&self, query: &[f32], items: [&[f32]; DOTS]) -> [f32; DOTS] {
         // SAFETY: only kernels that the processor has are ever handed out.
-        unsafe { (self.dot)(query, item) }
+        unsafe { (self.dots)(query, items) }
     }
 }
 
@@ -343,7 +360,7 @@ mod tests {
                 for (r, c) in (0..rows).flat_map(|r| (0..cols).map(move |c| (r, c))) {
                     let column =
                         |from: &[f32], at: usize, width| (0..dim).map(|k| from[k * width + at]).collect::<Vec<_>>();
-                    let expected = kernel.dot(&column(&queries, r, rows), &column(&panel, c, cols));
+                    let expected = kernel.dots(&column(&queries, r, rows), [&column(&panel, c, cols); DOTS])[0];
                     assert_eq!(hits[r] >> c & 1 == 1, expected >= thresholds[r], "{} {dim}", kernel.name);
                     assert!(hits[r] == 0 || scores[r * cols + c] == expected, "{} {dim}", kernel.name);
                 }

@@ -1,21 +1,22 @@
 //! Rank the whole catalogue per user: the first K items, or just the ranks of the held-out ones.
 
+use std::array::from_fn;
+
 use rayon::prelude::*;
 
 use crate::csr::CsrView;
 use crate::error::{Error, Result};
 use crate::scan::{Hits, Order, State, Vectors, scan};
-use crate::simd::Kernel;
+use crate::simd::{DOTS, Kernel};
 use crate::threads;
 
-/// The best K of the scores offered, without a user's excluded items.
+/// The best K of the scores offered.
 ///
 /// Candidates are collected in a buffer of at least twice the size. When it is full the better K
 /// are kept and the threshold rises to the last of them: cheaper than keeping a heap in order for
 /// candidates of which most will fall out again. Score and item are one whole number (see
 /// [`key`]), so that comparing them is one instruction.
 pub struct Best<'a> {
-    excluded: std::iter::Peekable<std::vec::IntoIter<i32>>,
     threshold: f32,
     buffer: Vec<u64>,
     items: &'a mut [i32],
@@ -36,12 +37,15 @@ fn score_of(key: u64) -> f32 {
     f32::from_bits(rising ^ ((!(rising as i32) >> 31) as u32 | 0x8000_0000))
 }
 
+fn item_of(key: u64) -> i32 {
+    !(key as u32) as i32
+}
+
 impl<'a> Best<'a> {
     /// Writes to `items` and `scores`, whose length is K. Only scores from `floor` up count.
-    /// `excluded` are places in the order of the offers, ascending.
-    pub fn new(excluded: Vec<i32>, floor: f32, items: &'a mut [i32], scores: &'a mut [f32]) -> Self {
+    pub fn new(floor: f32, items: &'a mut [i32], scores: &'a mut [f32]) -> Self {
         let threshold = if items.is_empty() { f32::INFINITY } else { floor };
-        Self { excluded: excluded.into_iter().peekable(), threshold, buffer: Vec::new(), items, scores }
+        Self { threshold, buffer: Vec::new(), items, scores }
     }
 
     /// Bytes of the buffer.
@@ -54,18 +58,17 @@ impl<'a> Best<'a> {
         2 * k + 8 + 64
     }
 
-    /// Takes the hits, each with its score as `adjust` sees it, if it is not `None`.
+    pub fn threshold(&self) -> f32 {
+        self.threshold
+    }
+
+    /// Takes up to 64 items with their scores, of which none is below the threshold.
     #[inline(always)]
-    pub fn take(&mut self, hits: impl Iterator<Item = (i32, i32, f32)>, adjust: impl Fn(i32, f32) -> Option<f32>) {
-        for (place, item, score) in hits {
-            // Both sequences rise, so one walk along the row finds every excluded item.
-            while self.excluded.next_if(|&excluded| excluded < place).is_some() {}
-            if self.excluded.peek() != Some(&place)
-                && let Some(score) = adjust(item, score)
-            {
-                self.buffer.push(key(score, item));
-            }
+    pub fn take(&mut self, hits: impl Iterator<Item = (i32, f32)>) {
+        if self.buffer.capacity() == 0 {
+            self.buffer.reserve_exact(Self::capacity(self.items.len()).min(1 << 12)); // longer lists grow
         }
+        self.buffer.extend(hits.map(|(item, score)| key(score, item)));
         if self.buffer.len() + 64 > Self::capacity(self.items.len()) {
             self.keep_best();
         }
@@ -79,22 +82,9 @@ impl<'a> Best<'a> {
             self.threshold = score_of(self.buffer[k - 1]);
         }
     }
-}
 
-impl State for Best<'_> {
-    fn threshold(&self) -> f32 {
-        self.threshold
-    }
-
-    fn start(&mut self, _query: &[f32], _kernel: &Kernel) {
-        self.buffer.reserve_exact(Self::capacity(self.items.len()).min(1 << 12)); // longer lists grow
-    }
-
-    fn offer(&mut self, hits: Hits) {
-        self.take(hits, |_, score| Some(score));
-    }
-
-    fn finish(mut self) {
+    /// Writes the list, the best first, padded with -1 and `-inf`.
+    pub fn finish(mut self) {
         if !self.items.is_empty() {
             self.keep_best();
         }
@@ -102,8 +92,34 @@ impl State for Best<'_> {
         self.items.fill(-1);
         self.scores.fill(f32::NEG_INFINITY);
         for (at, &key) in self.buffer.iter().enumerate() {
-            (self.items[at], self.scores[at]) = (!(key as u32) as i32, score_of(key));
+            (self.items[at], self.scores[at]) = (item_of(key), score_of(key));
         }
+    }
+}
+
+/// The list of one user.
+struct List<'a> {
+    best: Best<'a>,
+    excluded: &'a [i32],
+}
+
+impl State for List<'_> {
+    fn threshold(&self) -> f32 {
+        self.best.threshold
+    }
+
+    fn skipped(&self) -> impl Iterator<Item = &i32> {
+        self.excluded.iter()
+    }
+
+    fn start(&mut self, _query: &[f32], _kernel: &Kernel) {}
+
+    fn offer(&mut self, hits: Hits) {
+        self.best.take(hits);
+    }
+
+    fn finish(self) {
+        self.best.finish();
     }
 }
 
@@ -116,7 +132,7 @@ pub fn topk(
     let order = Order::by_popularity(excluded);
     let slots = items.chunks_mut(k.max(1)).zip(scores.chunks_mut(k.max(1)));
     let states = slots.enumerate().map(|(user, (items, scores))| {
-        Ok(Best::new(order.places(excluded.row(user)?), f32::NEG_INFINITY, items, scores))
+        Ok(List { best: Best::new(f32::NEG_INFINITY, items, scores), excluded: excluded.row(user)? })
     });
     scan(users, catalogue, &order, Best::bytes(k), states)
 }
@@ -136,11 +152,18 @@ pub fn topk_scores(matrix: &[f32], excluded: CsrView, k: usize, items: &mut [i32
     }
     let slots = items.par_chunks_mut(k).zip(scores.par_chunks_mut(k));
     threads::first_error(slots.enumerate().map(|(user, (items, scores))| {
-        let mut best = Best::new(excluded.row(user)?.to_vec(), f32::MIN, items, scores);
+        let mut best = Best::new(f32::MIN, items, scores);
+        let mut excluded = excluded.row(user)?.iter().peekable();
         for (at, scores) in row(user)?.chunks(64).enumerate() {
             let threshold = best.threshold;
-            let hits = scores.iter().zip(64 * at as i32..).filter(|(score, _)| **score >= threshold);
-            best.take(hits.map(|(&score, item)| (item, item, score)), |_, score| Some(score));
+            let hits = (64 * at as i32..).zip(scores).map(|(item, &score)| (item, score));
+            best.take(hits.filter(|(item, score)| {
+                // Both sequences rise, so one walk along the row finds every excluded item.
+                *score >= threshold && {
+                    while excluded.next_if(|&excluded| excluded < item).is_some() {}
+                    excluded.peek() != Some(&item)
+                }
+            }));
         }
         best.finish();
         Ok(())
@@ -158,70 +181,72 @@ fn check_product(users: &Vectors, items: &Vectors) -> Result<()> {
 }
 
 /// Ranks of a user's held-out items, without a list: an item's rank is one more than the number
-/// of items better than it. The held-out items stand in line, the best first, and a score that
-/// beats some of them beats all behind the first of these, so it is counted there alone. Whatever
-/// is counted beats the last in line; when that makes `k`, the last leaves, and the threshold
-/// rises to the score of the one before it.
+/// of items better than it. The held-out items stand in line, the best first, at most `k` of them.
+/// A score of another item that beats some of them beats all behind the first of these, so it is
+/// counted there alone. Whatever is counted beats the last in line; when that and those before it
+/// make `k`, the last leaves, and the threshold rises to the score of the one before it.
 struct Ranks<'a> {
     excluded: &'a [i32],
     catalogue: &'a Vectors<'a>,
     held_out: &'a [i32],
     k: usize,
-    racing: Vec<Racer>,
-    /// Items better than the last in line.
+    /// The line, by [`key`].
+    racing: Vec<u64>,
+    /// Other items better than each of the line, but not than the one before it; and their sum.
+    n_between: Vec<u32>,
     n_better: usize,
     ranks: &'a mut [i32],
 }
 
-struct Racer {
-    key: u64,
-    slot: usize,
-    /// Items better than this one, but not than the one before it.
-    n_between: usize,
-}
-
 impl State for Ranks<'_> {
     fn threshold(&self) -> f32 {
-        self.racing.last().map_or(f32::INFINITY, |last| score_of(last.key))
+        self.racing.last().map_or(f32::INFINITY, |&last| score_of(last))
+    }
+
+    fn skipped(&self) -> impl Iterator<Item = &i32> {
+        self.excluded.iter().chain(self.held_out)
     }
 
     fn start(&mut self, query: &[f32], kernel: &Kernel) {
-        if self.k == 0 {
-            return;
+        let mut vectors = vec![0.0; DOTS * query.len()];
+        self.racing.reserve_exact(self.held_out.len());
+        for items in self.held_out.chunks(DOTS) {
+            let mut vectors = vectors.chunks_mut(query.len().max(1));
+            let vectors = from_fn(|n| {
+                let vector = vectors.next().unwrap_or_default();
+                self.catalogue.read(items[n.min(items.len() - 1)] as usize, vector)
+            });
+            let scores = kernel.dots(query, vectors);
+            let racing = items.iter().zip(scores).filter(|(item, _)| self.excluded.binary_search(item).is_err());
+            self.racing.extend(racing.map(|(&item, score)| key(score, item)));
         }
-        let mut vector = vec![0.0; query.len()];
-        for (slot, &item) in self.held_out.iter().enumerate() {
-            if self.excluded.binary_search(&item).is_err() {
-                self.catalogue.read(item as usize, &mut vector);
-                self.racing.push(Racer { key: key(kernel.dot(query, &vector), item), slot, n_between: 0 });
-            }
-        }
-        self.racing.sort_unstable_by_key(|racer| std::cmp::Reverse(racer.key));
+        self.racing.sort_unstable_by(|a, b| b.cmp(a));
+        self.racing.truncate(self.k);
+        self.n_between.resize(self.racing.len(), 0);
     }
 
     fn offer(&mut self, hits: Hits) {
-        for (_, item, score) in hits {
+        for (item, score) in hits {
             let key = key(score, item);
-            let behind = self.racing.partition_point(|racer| racer.key >= key);
-            if behind == self.racing.len() || self.excluded.binary_search(&item).is_ok() {
-                continue;
-            }
-            self.racing[behind].n_between += 1;
+            let behind = self.racing.partition_point(|&racer| racer > key);
+            let Some(n_between) = self.n_between.get_mut(behind) else { continue };
+            *n_between += 1;
             self.n_better += 1;
-            while self.n_better >= self.k
-                && let Some(last) = self.racing.pop()
-            {
-                self.n_better -= last.n_between;
+            if self.racing.len() + self.n_better > self.k {
+                self.racing.pop();
+                self.n_better -= self.n_between.pop().unwrap_or(0) as usize;
             }
         }
     }
 
     fn finish(self) {
         self.ranks.fill(0);
-        let mut rank = 1;
-        for racer in self.racing {
-            rank += racer.n_between as i32;
-            self.ranks[racer.slot] = rank;
+        let mut rank = 0;
+        for (racer, n_between) in self.racing.iter().zip(self.n_between) {
+            rank += 1 + n_between as i32;
+            if let Ok(slot) = self.held_out.binary_search(&item_of(*racer)) {
+                self.ranks[slot] = rank;
+            }
         }
     }
 }
@@ -240,8 +265,8 @@ pub fn test_ranks(
         let (ranks, tail) = std::mem::take(&mut rest).split_at_mut(held_out.len());
         rest = tail;
         let excluded = excluded.row(user)?;
-        let racing = Vec::with_capacity(held_out.len());
-        Ok(Ranks { excluded, catalogue, held_out, k, racing, n_better: 0, ranks })
+        let (racing, n_between) = (Vec::new(), Vec::new());
+        Ok(Ranks { excluded, catalogue, held_out, k, racing, n_between, n_better: 0, ranks })
     });
     scan(users, catalogue, &Order::by_popularity(excluded), 64, states)
 }
