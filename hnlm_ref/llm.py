@@ -13,7 +13,6 @@ prefix + continuation alone would give, while the prefix is computed (and in tun
 
 import contextlib
 import io
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -28,11 +27,10 @@ import numpy as np
 import peft
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hnlm_ref.artifacts import atomic, load_json, load_npy, resolve_path, save_json
+from hnlm_ref.artifacts import load_json, load_npy, resolve_path, save_json
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
@@ -425,37 +423,7 @@ def whiten(vectors: np.ndarray, n_directions: int = 512) -> np.ndarray:
     return np.ascontiguousarray(left[:, :n_directions][:, kept] * len(vectors) ** 0.5)  # as the core takes them
 
 
-# ---- checkpoints of tuning --------------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    path: Path, learnt: dict[str, Tensor], optimiser: Any, best: dict[str, Tensor], state: dict
-) -> None:
-    """One file with weights, best weights, optimiser and counters, so that they cannot come from different steps."""
-    tensors = {f"now/{n}": p.detach() for n, p in learnt.items()} | {f"best/{n}": t for n, t in best.items()}
-    for number, moments in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam/{number}/{name}": t for name, t in moments.items()}
-    with atomic(path) as temporary:
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(state)})
-
-
-def load_checkpoint(path: Path, learnt: dict[str, Tensor], optimiser: Any) -> tuple[dict, dict[str, Tensor]]:
-    """Put everything back; returns the counters and the best weights."""
-    with safe_open(path, "pt") as file:
-        state = json.loads(file.metadata()["state"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    best = {}
-    for key, tensor in load_file(path).items():
-        kind, _, name = key.partition("/")
-        if kind == "now":
-            learnt[name].copy_(tensor)
-        elif kind == "best":
-            best[name] = tensor
-        else:
-            number, _, moment = name.partition("/")
-            moments.setdefault(int(number), {})[moment] = tensor
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
-    return state, best
+# ---- tuning -----------------------------------------------------------------------------------------------------
 
 
 def set_threads(n_threads: int) -> None:

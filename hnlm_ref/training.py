@@ -71,7 +71,8 @@ def fit(
     done, best = Fit(), dict[str, Tensor]()
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     if checkpoint is not None and checkpoint.exists():
-        done, best = _load_checkpoint(checkpoint, model, optimiser)
+        state, best = load_checkpoint(checkpoint, optimiser, model)
+        done = Fit(**state)
         say(f"going on after epoch {done.epoch}")
     users = np.ascontiguousarray(pairs[:, 0])
     all_users, all_items = (torch.from_numpy(column.astype(np.int64)).to(device) for column in pairs.T)
@@ -108,7 +109,7 @@ def fit(
                 best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         done.epoch, done.log = epoch, [*done.log, line]
         if checkpoint is not None and epoch % checkpoint_every == 0:
-            _save_checkpoint(checkpoint, model, optimiser, done, best)
+            save_checkpoint(checkpoint, optimiser, asdict(done), model.state_dict(), best)
     model.load_state_dict(best)
     return done
 
@@ -139,25 +140,27 @@ def _leaves(loss: Tensor) -> set[Tensor]:
     return {node.variable for node in seen if hasattr(node, "variable")}
 
 
-def _save_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, done: Fit, best: dict) -> None:
-    """One file, so that weights, optimiser and log cannot come from different epochs."""
-    parts = {"model": model.state_dict(), "best": best}
-    parts |= {f"adam/{number}": state for number, state in optimiser.state_dict()["state"].items()}
-    tensors = {f"{part}/{name}": t.contiguous() for part, found in parts.items() for name, t in found.items()}
+def save_checkpoint(path: Path, optimiser: torch.optim.Optimizer, state: dict, now: dict, best: dict) -> None:
+    """One file for weights now, best weights, optimiser and counters, so that they cannot come from different steps."""
+    parts = {"now": now, "best": best}
+    parts |= {f"adam/{number}": moments for number, moments in optimiser.state_dict()["state"].items()}
+    tensors = {f"{part}/{name}": t.cpu().contiguous() for part, found in parts.items() for name, t in found.items()}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {"fit": json.dumps(asdict(done))})
+        save_file(tensors, temporary, {"state": json.dumps(state)})
 
 
-def _load_checkpoint(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[Fit, dict]:
-    parts: dict[str, dict] = {"model": {}, "best": {}}
-    for name, tensor in load_file(path, device=str(next(model.parameters()).device)).items():
-        part, _, key = name.partition("/") if not name.startswith("adam/") else name.rpartition("/")
-        parts.setdefault(part, {})[key] = tensor
-    model.load_state_dict(parts["model"])
-    state = {int(part.removeprefix("adam/")): found for part, found in parts.items() if part.startswith("adam/")}
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+def load_checkpoint(path: Path, optimiser: torch.optim.Optimizer, model: nn.Module) -> tuple[dict, dict]:
+    """Put weights and optimiser back; returns the counters and the best weights."""
+    parts: dict[str, dict] = {"now": {}, "best": {}}
+    for key, tensor in load_file(path).items():
+        part, _, name = key.rpartition("/")
+        parts.setdefault(part, {})[name] = tensor
+    model.load_state_dict(parts.pop("now"), strict=False)  # frozen weights are in no checkpoint
+    best = parts.pop("best")
+    moments = {int(part.removeprefix("adam/")): found for part, found in parts.items()}
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
     with safe_open(path, "pt") as file:
-        return Fit(**json.loads(file.metadata()["fit"])), parts["best"]
+        return json.loads(file.metadata()["state"]), best
 
 
 def warm_up(

@@ -72,7 +72,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     from hnlm_ref.negatives import mine_triplets
     from hnlm_ref.prompts import item_words
     from hnlm_ref.samplers import semantic_guard
-    from hnlm_ref.training import warm_up
+    from hnlm_ref.training import load_checkpoint, save_checkpoint, warm_up
 
     if cfg.rank_to <= cfg.rank_from:
         raise UserError(f"rank_from {cfg.rank_from} and rank_to {cfg.rank_to} leave no rank to mine from")
@@ -199,7 +199,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     state: dict = {"step": 0, "log": [], "best": None, "bad_looks": 0, "sum": 0.0, "n": 0}
     best: dict = {}
     if checkpoint.exists():
-        state, best = llm.load_checkpoint(checkpoint, learnt, optimiser)
+        state, best = load_checkpoint(checkpoint, optimiser, model)
         say(f"[sft] going on after step {state['step']} of {n_steps}")
     else:
         state["log"].append({"step": 0, "head": "random", **look()})
@@ -250,15 +250,13 @@ def main(cfg: SftConfig, run: Run) -> dict:
             else:
                 state["bad_looks"] += 1
             if team.is_main_process:
-                llm.save_checkpoint(checkpoint, learnt, optimiser, best, state)
+                save_checkpoint(checkpoint, optimiser, state, learnt, best)
     bar.close()
     if not team.is_main_process:
         return {}
 
     # Keep the weights of the best look.
-    with torch.no_grad():
-        for name, t in learnt.items():
-            t.copy_(best[name])
+    model.load_state_dict(best, strict=False)
     model.save(out)
     save_jsonl(out / "log.jsonl", state["log"])
     checkpoint.unlink(missing_ok=True)
