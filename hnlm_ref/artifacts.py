@@ -381,10 +381,6 @@ def _team(stage: str, run: Run) -> Any:
         return None
     if stage not in ("sft", "generate"):
         raise UserError(f"[{stage}] runs in one process; only sft and generate share their work among several")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise UserError(
-            f"[{stage}] weights are not sharded over processes (FSDP); each holds the model, see --load-in-4bit"
-        )
     import accelerate
 
     team = accelerate.PartialState(cpu=run.device == "cpu")
@@ -392,6 +388,17 @@ def _team(stage: str, run: Run) -> Any:
         os.environ[QUIET] = "1"
     team.wait_for_everyone()  # nobody changes anything before all have looked
     return team
+
+
+def own_share(work: list, team: Any) -> Iterator[tuple[int, Any, bool]]:
+    """(number, piece, whether it counts) of this process's part of the work.
+
+    A model whose weights are shared runs in all processes or in none, so all get as many pieces: a process that has
+    none left repeats one, which does not count.
+    """
+    for first in range(0, len(work), team.num_processes):
+        number = first + team.process_index
+        yield number, work[number % len(work)], number < len(work)
 
 
 def _promote(partial: Path, final: Path) -> None:

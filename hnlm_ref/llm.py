@@ -80,7 +80,7 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
     """
     if name == TINY:
         model, tokenizer = tiny_model()
-        return model.eval().requires_grad_(False).to(device), tokenizer
+        return _placed(model, device), tokenizer
     path = resolve_path(name)
     where, extra = str(path) if path.exists() else name, {}
     if path.suffix == ".gguf":
@@ -88,6 +88,11 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         if not path.exists():
             raise UserError(f"{name}: there is no such GGUF file")
     options: dict[str, Any] = {"dtype": choose_dtype(dtype, device), "attn_implementation": attention}
+    if sharded():
+        if load_in_4bit:
+            raise UserError("--load-in-4bit: weights in 4 bits cannot be shared among processes; drop it or --use_fsdp")
+        # "true", accelerate's default, has the first process alone read the file, for a wrapping that is not used here.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
@@ -106,7 +111,29 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval().requires_grad_(False).to(device), tokenizer
+    return _placed(model, device), tokenizer
+
+
+def sharded() -> bool:
+    """Whether the processes share the frozen weights: `accelerate launch --use_fsdp` says so by that variable."""
+    return accelerate.utils.parse_flag_from_env("ACCELERATE_USE_FSDP") and torch.distributed.is_initialized()
+
+
+def _placed(llm: Any, device: str) -> Any:
+    """The model in eval mode on `device`, frozen; under FSDP every process holds a share of each decoder layer.
+
+    Choice: embeddings and all that tuning adds stay whole in every process. They are small beside the layers, and
+    adapter, optimiser and checkpoints are then those of one process.
+    """
+    llm.eval().requires_grad_(False)
+    if sharded():
+        from torch.distributed.fsdp import fully_shard  # here: needs torch 2.7
+
+        decoder, embeddings = llm.get_decoder(), set(llm.get_input_embeddings().parameters())
+        mesh = torch.distributed.init_device_mesh(device, (torch.distributed.get_world_size(),))
+        for part in (*decoder.layers, decoder):
+            fully_shard(part, mesh=mesh, ignored_params=embeddings)  # which moves it to the device
+    return llm.to(device)
 
 
 def memory_estimate(config: Any, dtype: torch.dtype, load_in_4bit: bool = False) -> str:
@@ -387,7 +414,7 @@ def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
 # ---- texts ------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: the tensors FSDP makes in it could not be tuned with later
 def text_vectors(
     llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_tokens: int = 64
 ) -> np.ndarray:
@@ -429,13 +456,6 @@ def whiten(vectors: np.ndarray, n_directions: int = 512) -> np.ndarray:
 def set_threads(n_threads: int) -> None:
     if n_threads:
         torch.set_num_threads(n_threads)
-
-
-def sum_gradients(parameters: list[Tensor]) -> None:
-    """Every process gets the sum of all processes' gradients; who had no share of the batch counts as zero."""
-    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    for p, total in zip(parameters, accelerate.utils.reduce(own, "sum"), strict=True):
-        p.grad = total
 
 
 def recompute_activations(model: NegativeModel) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, load_npy, resolve_path, save_jsonl, save_npy
+from hnlm_ref.artifacts import Run, load_npy, own_share, resolve_path, save_jsonl, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 
@@ -90,18 +90,19 @@ def main(cfg: SftConfig, run: Run) -> dict:
 
     # Text vectors of the untuned model, for targets, guards and text-enhanced recommenders.
     base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
-    with team.main_process_first():
-        if not (out / "user_text.npy").exists():
-            item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
+    if not (out / "user_text.npy").exists():  # in every process, as each may hold a share of the weights
+        item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
+        if run.manifest("prep")["knobs"]["profiles"] == "template":
+            # Choice: a template profile is a list of titles; its vector is the mean of the user's training items.
+            rows, items = prep.train.pairs().T
+            user_text = np.zeros((prep.n_users, item_text.shape[1]), np.float32)
+            np.add.at(user_text, rows, item_text[items] / prep.train.degrees()[rows, None])
+        else:
+            user_text = llm.text_vectors(base, tokenizer, [user["profile"] for user in prep.users])
+        if team.is_main_process:
             save_npy(out / "item_text.npy", item_text)
-            if run.manifest("prep")["knobs"]["profiles"] == "template":
-                # Choice: a template profile is a list of titles; its vector is the mean of the user's training items.
-                rows, items = prep.train.pairs().T
-                user_text = np.zeros((prep.n_users, item_text.shape[1]), np.float32)
-                np.add.at(user_text, rows, item_text[items] / prep.train.degrees()[rows, None])
-            else:
-                user_text = llm.text_vectors(base, tokenizer, [user["profile"] for user in prep.users])
             save_npy(out / "user_text.npy", user_text)
+    team.wait_for_everyone()
     item_text = load_npy(out / "item_text.npy")  # [I, d_llm]
 
     # What p and n are. Choice: fixed vectors, centred (text: whitened), as raw hidden states are nearly parallel.
@@ -173,7 +174,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     def chunks(users: list[int]) -> list[list[int]]:
         return [users[start : start + cfg.batch_size] for start in range(0, len(users), cfg.batch_size)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def look() -> dict:
         """Losses and accuracy on the held-out triplets, and where j ranks in the catalogue by cos(h, .)."""
         model.eval()
@@ -205,7 +206,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state["log"].append({"step": 0, "head": "random", **look()})
         # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
         # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
-        with torch.inference_mode():
+        with torch.no_grad():
             model.eval()
             h, _, _, i, j = (torch.cat(x) for x in zip(*map(read, chunks(users[: cfg.probe_users])), strict=True))
         unit = torch.nn.functional.normalize(targets, dim=1)
@@ -219,15 +220,15 @@ def main(cfg: SftConfig, run: Run) -> dict:
     while state["step"] < n_steps and state["bad_looks"] < cfg.patience:
         epoch, place = divmod(state["step"], n_per_epoch)
         order = np.random.default_rng([run.seed, epoch]).permutation(users).tolist()
-        for number, some in enumerate(chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]):
-            if number % team.num_processes != team.process_index:
-                continue
+        micro_batches = chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]
+        for number, some, counts in own_share(micro_batches, team):
             torch.manual_seed(hash((run.seed, state["step"], number)) % 2**31)  # dropout
             figures = all_losses(*read(some)[1:])
-            (figures["objective"] / cfg.grad_accum).backward()
-            state["sum"], state["n"] = state["sum"] + figures["loss"].item(), state["n"] + 1
-        if team.num_processes > 1:
-            llm.sum_gradients(list(trainable.values()))
+            (counts * figures["objective"] / cfg.grad_accum).backward()
+            state["sum"], state["n"] = state["sum"] + counts * figures["loss"].item(), state["n"] + counts
+        moved = [p for p in trainable.values() if p.grad is not None]
+        for p, total in zip(moved, accelerate.utils.reduce([p.grad for p in moved], "sum"), strict=True):
+            p.grad = total
         rate = min((state["step"] + 1) / (cfg.warmup_steps + 1), 1 - state["step"] / n_steps)
         for group, lr in zip(optimiser.param_groups, (cfg.lr, cfg.lr_new), strict=True):
             group["lr"] = lr * rate

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, load_npy, save_json, save_npy
+from hnlm_ref.artifacts import Run, load_npy, own_share, save_json, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 from hnlm_ref.profiles import AskConfig
@@ -46,32 +46,31 @@ def in_shards(
     rows: list, pairs: np.ndarray, cfg: GenerateConfig, run: Run, team: Any, encode: Callable
 ) -> tuple[np.ndarray, dict]:
     """h of every pair, float16 [N, d_llm], by way of files of fixed content: whoever computes one, and whenever, it
-    comes out the same (case D17). Rows of like length share a batch; processes share the files."""
+    comes out the same (case D17). Rows of like length share a batch; processes share the batches of a file."""
+    import accelerate
+
     sizes = [len(prefix) + sum(map(len, parts)) for prefix, parts in rows]
-    bar, started, n_tokens, first, paths = (
-        progress(total=sum(sizes), desc="generating", unit="token"),
-        time.time(),
-        0,
-        0,
-        [],
-    )
-    for number, low in enumerate(range(0, len(rows), cfg.rows_per_shard)):
+    bar, started = progress(total=sum(sizes), desc="generating", unit="token"), time.time()
+    n_tokens, first, paths = 0, 0, []
+    for low in range(0, len(rows), cfg.rows_per_shard):
         shard = range(low, min(low + cfg.rows_per_shard, len(rows)))
         paths.append(run.out / f"shard{low:09d}.npy")
         n_pairs = sum(len(rows[r][1]) for r in shard)
-        if number % team.num_processes == team.process_index and not paths[-1].exists():
-            found: dict[int, np.ndarray] = {}
+        if not paths[-1].exists():
             by_length = sorted(shard, key=lambda r: -sizes[r])
-            for start in range(0, len(by_length), cfg.batch_size):
-                some = by_length[start : start + cfg.batch_size]
+            batches = [by_length[start : start + cfg.batch_size] for start in range(0, len(shard), cfg.batch_size)]
+            found: list[tuple[int, np.ndarray]] = []
+            for _, some, _ in own_share(batches, team):
                 ends = np.cumsum([len(rows[r][1]) for r in some])
-                found |= dict(zip(some, np.split(encode([rows[r] for r in some]), ends[:-1]), strict=True))
+                found += zip(some, np.split(encode([rows[r] for r in some]), ends[:-1]), strict=True)
                 bar.update(sum(sizes[r] for r in some))
-            h = np.concatenate([found[r] for r in shard])
+            of_row = dict(accelerate.utils.gather_object(found))
+            h = np.concatenate([of_row[r] for r in shard])
             for bad in np.flatnonzero(~np.isfinite(h).all(axis=1))[:1]:
                 u, i = pairs[first + bad]
                 raise UserError(f"the vector of user {u} and item {i} is not finite; tune and generate in float32")
-            save_npy(paths[-1], h)
+            if team.is_main_process:
+                save_npy(paths[-1], h)
             n_tokens += sum(sizes[r] for r in shard)
         first += n_pairs
     bar.close()
@@ -94,6 +93,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     )
     llm.set_threads(run.n_threads)
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the rows: one, unless launched so
+    if cfg.mode == "text" and llm.sharded():
+        raise UserError("--mode text: one process asks, and needs the whole model; start it without --use_fsdp")
     if cfg.mode == "text" and not team.is_main_process:
         return {}  # questions go to a server, or to the model of the first process
     counts: dict[str, Any] = {}

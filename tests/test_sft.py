@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hnlm_ref import losses
+from hnlm_ref import llm, losses
 from hnlm_ref.artifacts import Csr, Prep, load_json, load_jsonl, load_npy, save_json
 from hnlm_ref.cli import load_stage, stage_file
 from hnlm_ref.console import UserError
@@ -245,30 +245,84 @@ def test_an_adapter_of_another_shape_is_refused(toy_run, cli, tmp_path):
     assert f"{folder / 'adapter'}: the adapter does not belong to this model" in done.stderr
 
 
-def test_two_processes_tune_and_generate_what_one_does(cli, tmp_path):
-    """Data parallel over gloo: the sums of gradients are made in another order, so equal to 1e-6 (vectors: 1e-3)."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert cli("prep", "--preset", "toy", "--run-dir", one).returncode == 0
-    shutil.copytree(one, two)
-    stages = [("sft", "--grad-accum", "3"), ("generate", "--rows-per-shard", "7")]  # 3: an uneven share
-    for stage, *words in stages:
-        assert cli(stage, "--preset", "toy", "--run-dir", one, *words).returncode == 0
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / stage_file(stage))]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *launch, "--preset", "toy", "--run-dir", str(two), *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert sorted(p.name for p in (one / stage).rglob("*")) == sorted(p.name for p in (two / stage).rglob("*"))
-    for name, atol in (("adapter/adapter_model", 1e-6), ("projections", 1e-6)):
-        tables = [load_file(run / "sft" / f"{name}.safetensors") for run in (one, two)]
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+# 12 micro-batches an epoch, so steps of 11 and of 1: uneven shares, and a process without any. Files of two batches,
+# the last one of one.
+SHARED = [("sft", "--grad-accum", "11", "--n-epochs", "2", "--eval-every", "1"), ("generate", "--rows-per-shard", "7")]
+
+
+def launch(how, file, *words):
+    """Two processes on the CPU, over gloo."""
+    line = ["-m", "accelerate.commands.launch", how, "--num_processes", "2", "--main_process_port", "0", file, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, line)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def by_one(toy_run, tmp_path_factory):
+    run = with_prep(toy_run, tmp_path_factory.mktemp("one"))
+    for stage, *words in SHARED:
+        run_stage(stage, run, *words)
+    return run
+
+
+@pytest.mark.parametrize("how", ["--multi_gpu", "--use_fsdp"])  # whole models, or one model's weights in shares
+def test_two_processes_tune_and_generate_what_one_does(by_one, toy_run, tmp_path, how):
+    """Equal to 1e-6 (vectors: 1e-3): gradients are summed in another order. The sharded tuning is killed on its way."""
+    run = with_prep(toy_run, tmp_path)
+    for stage, *words in SHARED:
+        line = (how, stage_file(stage), "--preset", "toy", "--device", "cpu", "--run-dir", run, *words)
+        if (how, stage) == ("--use_fsdp", "sft"):
+            process = launch(*line)
+            while not (run / ".sft.partial" / "checkpoint.safetensors").exists():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)
+            process.terminate()
+            process.communicate()
+            assert not (run / "sft").exists()
+        process = launch(*line)
+        told = process.communicate()[1]
+        assert process.returncode == 0, told
+        assert ("going on after step" in told) is ((how, stage) == ("--use_fsdp", "sft"))
+        assert sorted(p.name for p in (by_one / stage).rglob("*")) == sorted(p.name for p in (run / stage).rglob("*"))
+    for name in ("adapter/adapter_model", "projections"):
+        tables = [load_file(r / "sft" / f"{name}.safetensors") for r in (by_one, run)]
+        assert tables[0].keys() == tables[1].keys()
         for key in tables[0]:
-            torch.testing.assert_close(tables[0][key], tables[1][key], atol=atol, rtol=1e-4)
-    h = [load_npy(run / "generate" / "embeddings.npy").astype(np.float32) for run in (one, two)]
+            torch.testing.assert_close(tables[0][key], tables[1][key], atol=1e-6, rtol=1e-4)
+    h = [load_npy(r / "generate" / "embeddings.npy").astype(np.float32) for r in (by_one, run)]
     np.testing.assert_allclose(h[0], h[1], atol=1e-3, rtol=1e-3)
-    logs = [load_jsonl(run / "sft" / "log.jsonl") for run in (one, two)]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
-    assert logs[0][-1]["loss"] == pytest.approx(logs[1][-1]["loss"], abs=1e-5)
+    logs = [load_jsonl(r / "sft" / "log.jsonl") for r in (by_one, run)]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [0, 0, 1, 2, 3, 4]
+    for one, two in zip(logs[0][2:], logs[1][2:], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+
+
+def test_sharded_weights_are_half_in_each_of_two_processes(tmp_path):
+    file = tmp_path / "count.py"
+    file.write_text(
+        "import accelerate\n"
+        "from hnlm_ref import llm\n"
+        "team = accelerate.PartialState(cpu=True)\n"
+        "model, _ = llm.load_llm('tiny', 'cpu')\n"
+        "here = [p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters()]\n"
+        "print(f'process {team.process_index}: {sum(p.numel() for p in here)}')\n",
+        encoding="utf-8",
+    )
+    process = launch("--use_fsdp", file)
+    told, error = process.communicate()
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32  # q and o, k and v, the MLP, two norms
+    here = 2 * 258 * 32 + (2 * layer + 32) // 2  # whole embeddings in and out; half of two layers and of the last norm
+    assert sorted(told.splitlines()) == [f"process {n}: {here}" for n in range(2)], error
+
+
+def test_what_cannot_be_sharded_is_refused(toy_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(llm, "sharded", lambda: True)
+    with pytest.raises(UserError, match=r"--load-in-4bit: .* drop it or --use_fsdp"):
+        llm.load_llm("any", "cpu", load_in_4bit=True)
+    shutil.copytree(toy_run, tmp_path / "run")
+    with pytest.raises(UserError, match=r"--mode text: .* without --use_fsdp"):
+        run_stage("generate", tmp_path / "run", "--mode", "text")
