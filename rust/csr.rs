@@ -119,11 +119,6 @@ impl<'a> CsrView<'a> {
             simd::prefetch(self.indices, self.indptr[user as usize] as usize);
         }
     }
-
-    /// Every row in order, for callers that visit them all.
-    pub fn rows(&self) -> Result<Vec<&'a [i32]>> {
-        (0..self.n_rows()).map(|row| self.row(row)).collect()
-    }
 }
 
 /// The user numbers of a batch as row numbers.
@@ -131,36 +126,5 @@ pub fn check_users(users: &[i32], n_rows: usize) -> Result<()> {
     match users.iter().position(|&user| user < 0 || user as usize >= n_rows) {
         None => Ok(()),
         Some(position) => Err(Error::Index { name: "users", position, found: users[position] as i64, bound: n_rows }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_slices_of_the_indices() {
-        let csr = CsrView::new(&[0, 2, 2, 3], &[1, 4, 0], 5).unwrap();
-        assert_eq!(csr.rows().unwrap(), [&[1, 4][..], &[], &[0]]);
-        assert_eq!(CsrView::new(&[0], &[], 0).unwrap().n_rows(), 0);
-    }
-
-    #[test]
-    fn a_wrong_frame_is_refused() {
-        assert!(matches!(CsrView::new(&[], &[], 5), Err(Error::Length { .. })));
-        assert!(matches!(CsrView::new(&[1, 2], &[0, 1], 5), Err(Error::Indptr { row: 0, .. })));
-        assert!(matches!(CsrView::new(&[0, 1], &[0, 1], 5), Err(Error::Indptr { row: 1, .. })));
-        let dented = CsrView::new(&[0, 2, 1, 2], &[0, 1], 5).unwrap();
-        assert_eq!(dented.row(1), Err(Error::Indptr { name: "indptr", row: 1 }));
-    }
-
-    #[test]
-    fn a_wrong_row_is_refused_with_its_value() {
-        let csr = CsrView::held_out(&[0, 2, 4, 5, 6], &[1, 1, 0, 7, -1, 3], 5).unwrap();
-        assert_eq!(csr.row(0), Err(Error::Unsorted { name: "test_indices", row: 0, item: 1 }));
-        assert_eq!(csr.row(1), Err(Error::Index { name: "test_indices", position: 3, found: 7, bound: 5 }));
-        assert_eq!(csr.row(2), Err(Error::Index { name: "test_indices", position: 4, found: -1, bound: 5 }));
-        assert_eq!(csr.row(3), Ok(&[3][..]));
-        assert!(check_users(&[0, 4], 4).is_err());
     }
 }

@@ -67,34 +67,3 @@ fn one_user(ranks: &[i32], n_held_out: usize, k: i64) -> [f64; N_METRICS] {
         precisions / ideal as f64,
     ]
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn close(found: [f64; N_METRICS], expected: [f64; N_METRICS]) {
-        for (a, b) in found.into_iter().zip(expected) {
-            assert!((a - b).abs() < 1e-6, "{found:?} is not {expected:?}");
-        }
-    }
-
-    #[test]
-    fn worked_example() {
-        // Case C01: ranks 1, 3, 6 of three held-out items, so at K = 3 NDCG is
-        // (1 + 1/2) / (1 + 1/log2(3) + 1/2) and MAP (1/1 + 2/3) / 3.
-        close(one_user(&[1, 3, 6], 3, 3), [2.0 / 3.0, 0.703918, 2.0 / 3.0, 1.0, 1.0, 5.0 / 9.0]);
-        close(one_user(&[1, 3, 6], 3, 1), [1.0 / 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
-        // Case C02: one hit of three is not a perfect list.
-        close(one_user(&[1], 3, 3), [1.0 / 3.0, 0.469279, 1.0 / 3.0, 1.0, 1.0, 1.0 / 3.0]);
-        close(one_user(&[], 2, 3), [0.0; N_METRICS]);
-        assert!(one_user(&[], 0, 3).iter().all(|value| value.is_nan()));
-    }
-
-    #[test]
-    fn ranks_are_places_in_the_list() {
-        let held_out = CsrView::held_out(&[0, 2, 2, 3], &[4, 7, 1], 9).unwrap();
-        let mut ranks = [9; 3];
-        ranks_in_lists(&[7, 2, 4, 1, 1, 1, -1, -1, -1], 3, held_out, &mut ranks).unwrap();
-        assert_eq!(ranks, [3, 1, 0]);
-    }
-}

@@ -14,7 +14,6 @@ use pyo3::prelude::*;
 
 use crate::csr::CsrView;
 use crate::error::{Error, Result};
-use crate::matching::Band;
 use crate::scan::{Values, Vectors};
 use crate::{candidates, matching, metrics, simd, threads, topk};
 
@@ -152,12 +151,12 @@ type Lists<'py> = (Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f32>>);
 /// Runs `fill` without the interpreter lock on fresh `[rows, k]` arrays of items and scores.
 fn lists<'py>(
     py: Python<'py>, (rows, k): (usize, usize), n_threads: usize,
-    fill: impl FnOnce(&mut [i32], &mut [f32]) -> Result<()> + Send,
+    fill: impl FnOnce((&mut [i32], &mut [f32])) -> Result<()> + Send,
 ) -> PyResult<Lists<'py>> {
     let size = checked_size(rows, k)?;
     let (items, scores) = py.detach(|| {
         let (mut items, mut scores) = (vec![-1; size], vec![f32::NEG_INFINITY; size]);
-        threads::run(n_threads, || fill(&mut items, &mut scores))?;
+        threads::run(n_threads, || fill((&mut items, &mut scores)))?;
         Ok::<_, Error>((items, scores))
     })?;
     Ok((shaped(py, items, Ix2(rows, k))?, shaped(py, scores, Ix2(rows, k))?))
@@ -319,11 +318,9 @@ fn match_items<'py>(
     let (queries, items, users) = (queries.vectors("queries")?, items.vectors("items")?, users.slice("users")?);
     expect("items (dimensions)", items.dim, queries.dim)?;
     expect("users", users.len(), queries.len)?;
-    let band = Band { min: min_similarity, max: max_similarity };
+    let band = min_similarity..=max_similarity;
     let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, items.len)?;
-    lists(py, (queries.len, k), n_threads, |found, scores| {
-        matching::match_items(queries, items, users, excluded, k, band, (found, scores))
-    })
+    lists(py, (queries.len, k), n_threads, |out| matching::match_items(queries, items, users, excluded, k, band, out))
 }
 
 /// Find the catalogue titles most like each generated title, without the user's own items.
@@ -351,8 +348,8 @@ fn match_titles<'py>(
     let users = users.slice("users")?;
     expect("users", users.len(), titles.len())?;
     let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, catalogue.len())?;
-    lists(py, (titles.len(), k), 0, |found, scores| {
-        matching::match_titles(&titles, &catalogue, users, excluded, k, min_similarity, (found, scores))
+    lists(py, (titles.len(), k), 0, |out| {
+        matching::match_titles(&titles, &catalogue, users, excluded, k, min_similarity, out)
     })
 }
 
@@ -382,7 +379,7 @@ fn topk_py<'py>(
     let (users, items) = (user_emb.vectors("user_emb")?, item_emb.vectors("item_emb")?);
     expect("item_emb (dimensions)", items.dim, users.dim)?;
     let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, items.len)?;
-    lists(py, (users.len, k), n_threads, |found, scores| topk::topk(&users, &items, excluded, k, found, scores))
+    lists(py, (users.len, k), n_threads, |out| topk::topk(&users, &items, excluded, k, out))
 }
 
 /// The same from given scores of any model.
@@ -404,7 +401,7 @@ fn topk_scores<'py>(
     let (n_users, n_items) = (shape[0], shape[1]);
     let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, n_items)?;
     excluded.expect_rows(n_users)?;
-    lists(py, (n_users, k), n_threads, |found, best| topk::topk_scores(matrix, excluded, k, found, best))
+    lists(py, (n_users, k), n_threads, |out| topk::topk_scores(matrix, excluded, k, out))
 }
 
 /// The ranks of the held-out items in the rankings of `topk`, without making the lists.

@@ -47,24 +47,17 @@ impl<'a> Vectors<'a> {
         Self { values, dim, len, norms: None }
     }
 
-    /// One vector as it is given: where it lies if that is in `f32`, else in the buffer.
-    fn given<'b>(&'b self, row: usize, buffer: &'b mut [f32]) -> &'b [f32] {
-        let span = row * self.dim..(row + 1) * self.dim;
-        match self.values {
-            Values::F32(values) => return &values[span],
-            Values::F16(values) => values[span].convert_to_f32_slice(buffer),
-        }
-        buffer
-    }
-
-    /// One vector as the kernels see it.
+    /// One vector as the kernels see it: where it lies, if it can be taken as it is, or in `buffer`.
     pub fn read<'b>(&'b self, row: usize, buffer: &'b mut [f32]) -> &'b [f32] {
-        let Some(norms) = self.norms else { return self.given(row, buffer) };
-        match self.values {
-            Values::F32(values) => buffer.copy_from_slice(&values[row * self.dim..(row + 1) * self.dim]),
-            Values::F16(_) => _ = self.given(row, buffer),
+        let span = row * self.dim..(row + 1) * self.dim;
+        match (self.values, self.norms) {
+            (Values::F32(values), None) => return &values[span],
+            (Values::F32(values), _) => buffer.copy_from_slice(&values[span]),
+            (Values::F16(values), _) => values[span].convert_to_f32_slice(buffer),
         }
-        if norms[row] > 0.0 {
+        if let Some(norms) = self.norms
+            && norms[row] > 0.0
+        {
             buffer.iter_mut().for_each(|value| *value = (*value as f64 / norms[row]) as f32);
         }
         buffer
@@ -73,14 +66,14 @@ impl<'a> Vectors<'a> {
     /// Euclidean lengths in `f64`; refuses NaN and infinities by row.
     pub fn lengths(&self, name: &'static str) -> Result<Vec<f64>> {
         let length = |buffer: &mut Vec<f32>, row| {
-            self.given(row, buffer).iter().map(|&value| value as f64 * value as f64).sum::<f64>().sqrt()
+            self.read(row, buffer).iter().map(|&value| value as f64 * value as f64).sum::<f64>().sqrt()
         };
         let lengths: Vec<f64> = (0..self.len).into_par_iter().map_init(|| vec![0.0; self.dim], length).collect();
         let Some(row) = lengths.iter().position(|length| !length.is_finite()) else {
             return Ok(lengths);
         };
         let mut bad = vec![0.0; self.dim];
-        let count = self.given(row, &mut bad).iter().filter(|value| !value.is_finite()).count();
+        let count = self.read(row, &mut bad).iter().filter(|value| !value.is_finite()).count();
         Err(Error::NonFinite { name, unit: "row", row, count })
     }
 }
@@ -136,7 +129,7 @@ pub trait State: Send {
     /// Items that are never offered.
     fn skipped(&self) -> impl Iterator<Item = &i32>;
     /// Called once before the first score, with the query and the kernel in use.
-    fn start(&mut self, query: &[f32], kernel: &Kernel);
+    fn start(&mut self, _query: &[f32], _kernel: &Kernel) {}
     /// Scores that reached the threshold, at most 64.
     fn offer(&mut self, hits: Hits);
     /// Called once after the last score.

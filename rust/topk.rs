@@ -10,19 +10,6 @@ use crate::scan::{Hits, Order, State, Vectors, scan};
 use crate::simd::{DOTS, Kernel};
 use crate::threads;
 
-/// The best K of the scores offered.
-///
-/// Candidates are collected in a buffer of at least twice the size. When it is full the better K
-/// are kept and the threshold rises to the last of them: cheaper than keeping a heap in order for
-/// candidates of which most will fall out again. Score and item are one whole number (see
-/// [`key`]), so that comparing them is one instruction.
-pub struct Best<'a> {
-    threshold: f32,
-    buffer: Vec<u64>,
-    items: &'a mut [i32],
-    scores: &'a mut [f32],
-}
-
 /// Larger for a higher score, then for a smaller item. Floats order as their bits do once the
 /// negative ones are turned around; adding zero makes -0.0 and 0.0 the tie that they are.
 #[inline(always)]
@@ -41,36 +28,37 @@ fn item_of(key: u64) -> i32 {
     !(key as u32) as i32
 }
 
+/// The best K of the scores offered.
+///
+/// Candidates are collected in a buffer of about twice the size. When it is full the better K
+/// are kept and the threshold rises to the last of them: cheaper than keeping a heap in order for
+/// candidates of which most will fall out again. Score and item are one whole number (see
+/// [`key`]), so that comparing them is one instruction.
+pub struct Best<'a> {
+    threshold: f32,
+    buffer: Vec<u64>,
+    items: &'a mut [i32],
+    scores: &'a mut [f32],
+}
+
 impl<'a> Best<'a> {
-    /// Writes to `items` and `scores`, whose length is K. Only scores from `floor` up count.
+    /// Writes to `items` and `scores`, whose length is K > 0. Only scores from `floor` up count.
     pub fn new(floor: f32, items: &'a mut [i32], scores: &'a mut [f32]) -> Self {
-        let threshold = if items.is_empty() { f32::INFINITY } else { floor };
-        Self { threshold, buffer: Vec::new(), items, scores }
+        Self { threshold: floor, buffer: Vec::new(), items, scores }
     }
 
-    /// Bytes of the buffer.
-    pub fn bytes(k: usize) -> usize {
-        size_of::<u64>() * Self::capacity(k)
-    }
-
-    /// Room for K, for about as many more, and for the hits of one row of a tile.
+    /// Room for K and for about as many more.
     fn capacity(k: usize) -> usize {
-        2 * k + 8 + 64
+        2 * k + 8
     }
 
-    pub fn threshold(&self) -> f32 {
-        self.threshold
-    }
-
-    /// Takes up to 64 items with their scores, of which none is below the threshold.
     #[inline(always)]
-    pub fn take(&mut self, hits: impl Iterator<Item = (i32, f32)>) {
-        if self.buffer.capacity() == 0 {
-            self.buffer.reserve_exact(Self::capacity(self.items.len()).min(1 << 12)); // longer lists grow
-        }
-        self.buffer.extend(hits.map(|(item, score)| key(score, item)));
-        if self.buffer.len() + 64 > Self::capacity(self.items.len()) {
-            self.keep_best();
+    pub fn offer(&mut self, item: i32, score: f32) {
+        if score >= self.threshold {
+            self.buffer.push(key(score, item));
+            if self.buffer.len() == Self::capacity(self.items.len()) {
+                self.keep_best();
+            }
         }
     }
 
@@ -85,9 +73,7 @@ impl<'a> Best<'a> {
 
     /// Writes the list, the best first, padded with -1 and `-inf`.
     pub fn finish(mut self) {
-        if !self.items.is_empty() {
-            self.keep_best();
-        }
+        self.keep_best();
         self.buffer.sort_unstable_by(|a, b| b.cmp(a));
         self.items.fill(-1);
         self.scores.fill(f32::NEG_INFINITY);
@@ -97,13 +83,14 @@ impl<'a> Best<'a> {
     }
 }
 
-/// The list of one user.
-struct List<'a> {
+/// The list of one query, without its excluded items. What counts, and as what, `adjust` says.
+struct List<'a, F> {
     best: Best<'a>,
     excluded: &'a [i32],
+    adjust: F,
 }
 
-impl State for List<'_> {
+impl<F: Fn(i32, f32) -> Option<f32> + Send> State for List<'_, F> {
     fn threshold(&self) -> f32 {
         self.best.threshold
     }
@@ -112,10 +99,16 @@ impl State for List<'_> {
         self.excluded.iter()
     }
 
-    fn start(&mut self, _query: &[f32], _kernel: &Kernel) {}
+    fn start(&mut self, _query: &[f32], _kernel: &Kernel) {
+        self.best.buffer.reserve_exact(Best::capacity(self.best.items.len()).min(1 << 12)); // longer lists grow
+    }
 
     fn offer(&mut self, hits: Hits) {
-        self.best.take(hits);
+        for (item, score) in hits {
+            if let Some(score) = (self.adjust)(item, score) {
+                self.best.offer(item, score);
+            }
+        }
     }
 
     fn finish(self) {
@@ -123,22 +116,33 @@ impl State for List<'_> {
     }
 }
 
-/// The first `k` items of every user by inner product, into `items` and `scores` `[U, k]`.
+/// The lists of all queries, into `items` and `scores` `[N, k]`. `of` says whose items a query
+/// leaves out, and from which score on something counts for it.
+pub fn lists(
+    queries: &Vectors, catalogue: &Vectors, excluded: CsrView, k: usize, of: impl Fn(usize) -> (usize, f32),
+    adjust: impl Fn(i32, f32) -> Option<f32> + Send + Copy, (items, scores): (&mut [i32], &mut [f32]),
+) -> Result<()> {
+    let slots = items.chunks_mut(k.max(1)).zip(scores.chunks_mut(k.max(1)));
+    let states = slots.enumerate().map(|(query, (items, scores))| {
+        let (user, floor) = of(query);
+        Ok(List { best: Best::new(floor, items, scores), excluded: excluded.row(user)?, adjust })
+    });
+    scan(queries, catalogue, &Order::by_popularity(excluded), size_of::<u64>() * Best::capacity(k), states)
+}
+
+/// The first `k` items of every user by inner product.
 pub fn topk(
-    users: &Vectors, catalogue: &Vectors, excluded: CsrView, k: usize, items: &mut [i32], scores: &mut [f32],
+    users: &Vectors, catalogue: &Vectors, excluded: CsrView, k: usize, out: (&mut [i32], &mut [f32]),
 ) -> Result<()> {
     excluded.expect_rows(users.len)?;
     check_product(users, catalogue)?;
-    let order = Order::by_popularity(excluded);
-    let slots = items.chunks_mut(k.max(1)).zip(scores.chunks_mut(k.max(1)));
-    let states = slots.enumerate().map(|(user, (items, scores))| {
-        Ok(List { best: Best::new(f32::NEG_INFINITY, items, scores), excluded: excluded.row(user)? })
-    });
-    scan(users, catalogue, &order, Best::bytes(k), states)
+    lists(users, catalogue, excluded, k, |user| (user, f32::MIN), |_, score| Some(score), out)
 }
 
 /// The same from given scores `[U, I]` of any model; `-inf` means never.
-pub fn topk_scores(matrix: &[f32], excluded: CsrView, k: usize, items: &mut [i32], scores: &mut [f32]) -> Result<()> {
+pub fn topk_scores(
+    matrix: &[f32], excluded: CsrView, k: usize, (items, scores): (&mut [i32], &mut [f32]),
+) -> Result<()> {
     let n_items = excluded.n_cols;
     let row = |user: usize| {
         let row = &matrix[user * n_items..(user + 1) * n_items];
@@ -152,18 +156,16 @@ pub fn topk_scores(matrix: &[f32], excluded: CsrView, k: usize, items: &mut [i32
     }
     let slots = items.par_chunks_mut(k).zip(scores.par_chunks_mut(k));
     threads::first_error(slots.enumerate().map(|(user, (items, scores))| {
-        let mut best = Best::new(f32::MIN, items, scores);
         let mut excluded = excluded.row(user)?.iter().peekable();
-        for (at, scores) in row(user)?.chunks(64).enumerate() {
-            let threshold = best.threshold;
-            let hits = (64 * at as i32..).zip(scores).map(|(item, &score)| (item, score));
-            best.take(hits.filter(|(item, score)| {
+        let mut best = Best::new(f32::MIN, items, scores);
+        for (item, &score) in (0..).zip(row(user)?) {
+            if score >= best.threshold {
                 // Both sequences rise, so one walk along the row finds every excluded item.
-                *score >= threshold && {
-                    while excluded.next_if(|&excluded| excluded < item).is_some() {}
-                    excluded.peek() != Some(&item)
+                while excluded.next_if(|&&excluded| excluded < item).is_some() {}
+                if excluded.peek() != Some(&&item) {
+                    best.offer(item, score);
                 }
-            }));
+            }
         }
         best.finish();
         Ok(())
@@ -276,37 +278,6 @@ mod tests {
     use super::*;
     use crate::scan::Values;
 
-    const SCORES: [f32; 6] = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4];
-
-    fn from_scores(matrix: &[f32], excluded: &[i32], k: usize) -> Result<(Vec<i32>, Vec<f32>)> {
-        let indptr = [0, excluded.len() as i64];
-        let csr = CsrView::new(&indptr, excluded, matrix.len())?;
-        let (mut items, mut scores) = (vec![0; k], vec![0.0; k]);
-        topk_scores(matrix, csr, k, &mut items, &mut scores)?;
-        Ok((items, scores))
-    }
-
-    #[test]
-    fn excluded_items_leave_and_short_lists_are_padded() {
-        // Case C06: the ranking without items 0 and 1 is 2, 3, 4, 5.
-        let (items, scores) = from_scores(&SCORES, &[0, 1], 5).unwrap();
-        assert_eq!(items, [2, 3, 4, 5, -1]);
-        assert_eq!(scores, [0.7, 0.6, 0.5, 0.4, f32::NEG_INFINITY]);
-    }
-
-    #[test]
-    fn ties_go_to_the_smaller_item_and_minus_infinity_never_appears() {
-        let scores = [1.0, f32::NEG_INFINITY, 1.0, -0.0, 0.0, 1.0];
-        assert_eq!(from_scores(&scores, &[], 6).unwrap().0, [0, 2, 5, 3, 4, -1]);
-        assert_eq!(from_scores(&[0.0; 200], &[], 3).unwrap().0, [0, 1, 2]);
-    }
-
-    #[test]
-    fn nan_is_refused_with_the_user_and_the_count() {
-        let found = from_scores(&[f32::NAN, 0.3, f32::NAN], &[], 1).unwrap_err();
-        assert_eq!(found.to_string(), "scores: user 0 has 2 non-finite scores");
-    }
-
     #[test]
     fn ranks_agree_with_lists() {
         // One dimension, query 1: the score is the item's number in the catalogue.
@@ -315,20 +286,11 @@ mod tests {
         let catalogue = Vectors::new(Values::F32(&values), 1, 200);
         let excluded = CsrView::new(&[0, 1], &[49], 200).unwrap();
         let (mut items, mut scores) = ([0; 5], [0.0; 5]);
-        topk(&users, &catalogue, excluded, 5, &mut items, &mut scores).unwrap();
+        topk(&users, &catalogue, excluded, 5, (&mut items, &mut scores)).unwrap();
         assert_eq!(items, [99, 149, 199, 48, 98]);
         let held_out = CsrView::held_out(&[0, 4], &[48, 49, 149, 198], 200).unwrap();
         let mut ranks = [9; 4];
         test_ranks(&users, &catalogue, excluded, held_out, 5, &mut ranks).unwrap();
         assert_eq!(ranks, [4, 0, 2, 0]);
-    }
-
-    #[test]
-    fn an_empty_catalogue_and_k_zero_give_empty_lists() {
-        let users = Vectors::new(Values::F32(&[1.0]), 1, 1);
-        let catalogue = Vectors::new(Values::F32(&[]), 1, 0);
-        let (mut items, mut scores) = ([7; 2], [0.0; 2]);
-        topk(&users, &catalogue, CsrView::new(&[0, 0], &[], 0).unwrap(), 2, &mut items, &mut scores).unwrap();
-        assert_eq!(items, [-1, -1]);
     }
 }
