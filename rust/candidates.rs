@@ -21,7 +21,7 @@ pub fn sample_uniform(csr: CsrView, users: &[i32], n_negatives: usize, seed: u64
 pub fn sample_popularity(
     csr: CsrView, weights: &[f64], users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32],
 ) -> Result<()> {
-    draw_rows(&Popularity { weights, table: AliasTable::new(weights)? }, csr, users, n_negatives, seed, out)
+    draw_rows(&Popularity::new(weights)?, csr, users, n_negatives, seed, out)
 }
 
 /// Where draws come from: a try chooses one of equally likely columns, a column and a coin an item.
@@ -67,37 +67,80 @@ impl Law for Uniform {
     }
 }
 
+/// Walker's alias table (built as by Vose 1991): column `c` stands for one item with probability
+/// `keep / 2^32` and for another otherwise, and all columns are equally likely. One word makes a
+/// draw: its upper half chooses the column, its lower half the item.
 struct Popularity<'a> {
     weights: &'a [f64],
-    table: AliasTable,
+    total: f64,
+    columns: Vec<(u32, i32, i32)>,
+}
+
+impl<'a> Popularity<'a> {
+    fn new(weights: &'a [f64]) -> Result<Self> {
+        if let Some(at) = weights.iter().position(|w| !w.is_finite() || *w < 0.0) {
+            let found = format!("{} at item {at}", weights[at]);
+            return Err(Error::Argument { name: "weights", found, expected: "finite and not negative" });
+        }
+        let items: Vec<i32> = (0..weights.len() as i32).filter(|&item| weights[item as usize] > 0.0).collect();
+        let total: f64 = items.iter().map(|&item| weights[item as usize]).sum();
+        if !total.is_finite() {
+            return Err(Error::Argument { name: "weights", found: "a sum of inf".into(), expected: "a finite sum" });
+        }
+        let unit = items.len() as f64 / total;
+        let mut share: Vec<f64> = items.iter().map(|&item| weights[item as usize] * unit).collect();
+        let mut columns: Vec<(u32, i32, i32)> = items.iter().map(|&item| (u32::MAX, item, item)).collect();
+        let (mut small, mut large): (Vec<usize>, Vec<usize>) = (0..items.len()).partition(|&c| share[c] < 1.0);
+        while let (Some(&giver), Some(taker)) = (large.last(), small.pop()) {
+            columns[taker] = ((share[taker] * 4_294_967_296.0) as u32, items[taker], items[giver]);
+            share[giver] -= 1.0 - share[taker];
+            if share[giver] < 1.0 {
+                large.pop();
+                small.push(giver);
+            }
+        }
+        Ok(Self { weights, total, columns })
+    }
 }
 
 impl Law for Popularity<'_> {
     fn n_columns(&self) -> u32 {
-        self.table.columns.len() as u32
+        self.columns.len() as u32
     }
 
     #[inline(always)]
     fn item(&self, column: i32, coin: u32) -> i32 {
-        self.table.item(column, coin)
+        let found = self.columns.get(column as u32 as usize);
+        found.map_or(-1, |&(keep, own, other)| if coin < keep { own } else { other })
     }
 
     fn longest(&self) -> usize {
         let heaviest = self.weights.iter().copied().fold(0.0, f64::max);
-        (0.5 * self.table.total / heaviest) as usize // 0 without any weight
+        (0.5 * self.total / heaviest) as usize // 0 without any weight
     }
 
+    /// By the cumulative weights of the free items, for users who own most of the mass: there the
+    /// table would be asked again and again.
     fn draw_free(&self, run: &Run, user: usize, owned: &Owned, out: &mut [i32]) -> Result<bool> {
-        let mass: f64 = owned.items.iter().map(|&item| self.weights[item as usize]).sum();
-        let is_heavy = mass >= 0.75 * self.table.total;
-        if is_heavy {
-            let free = FreeMass::new(self.weights, owned.items);
-            if free.items.is_empty() {
-                return Err(Error::NoFreeItem { user, seen: owned.items.len(), n_items: self.weights.len() });
-            }
-            run.draw_all(out, |word| Some(free.draw(word)));
+        let weight = |item: i32| self.weights[item as usize];
+        if owned.items.iter().map(|&item| weight(item)).sum::<f64>() < 0.75 * self.total {
+            return Ok(false);
         }
-        Ok(is_heavy)
+        let is_free = |&item: &i32| weight(item) > 0.0 && owned.items.binary_search(&item).is_err();
+        let free: Vec<i32> = (0..self.weights.len() as i32).filter(is_free).collect();
+        let cumulative = free.iter().scan(0.0, |sum, &item| {
+            *sum += weight(item);
+            Some(*sum)
+        });
+        let cumulative: Vec<f64> = cumulative.collect();
+        let Some(mass) = cumulative.last() else {
+            return Err(Error::NoFreeItem { user, seen: owned.items.len(), n_items: self.weights.len() });
+        };
+        run.draw_all(out, |word| {
+            let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * mass;
+            Some(free[cumulative.partition_point(|&sum| sum <= point).min(free.len() - 1)])
+        });
+        Ok(true)
     }
 }
 
@@ -173,8 +216,7 @@ fn draw_rows(
     let (kernel, n_columns, longest) = (simd::kernel(), law.n_columns(), law.longest());
     let rows_per_task = DRAWS_PER_TASK.div_ceil(n_negatives);
     let again = |word| below(word, n_columns).map(|column| law.item(column as i32, word as u32));
-    let work = |scratch: &mut Scratch, (task, (out, users)): (usize, (&mut [i32], &[i32]))| {
-        let Scratch { bits, coins, found } = scratch;
+    let work = |(bits, coins, found): &mut Scratch, (task, (out, users)): (usize, (&mut [i32], &[i32]))| {
         let first_row = task * rows_per_task;
         if n_columns == 0 {
             let user = users[0] as usize; // no item has a weight
@@ -211,21 +253,13 @@ fn draw_rows(
         }
         Ok(())
     };
-    let scratch = || Scratch {
-        bits: vec![0; csr.n_cols.div_ceil(64)],
-        coins: vec![0; rows_per_task * n_negatives],
-        found: Found::default(),
-    };
+    let scratch = || (vec![0; csr.n_cols.div_ceil(64)], vec![0; rows_per_task * n_negatives], Found::default());
     let tasks = out.par_chunks_mut(rows_per_task * n_negatives).zip(users.par_chunks(rows_per_task)).enumerate();
     threads::first_error(tasks.map_init(scratch, work))
 }
 
-/// What a thread needs from task to task.
-struct Scratch {
-    bits: Vec<u64>,
-    coins: Vec<u32>,
-    found: Found,
-}
+/// What a thread needs from task to task: a bitset over the catalogue, room for coins and findings.
+type Scratch = (Vec<u64>, Vec<u32>, Found);
 
 /// What [`screen`] has found in a task.
 #[derive(Default)]
@@ -293,74 +327,6 @@ impl Owned<'_> {
             }
         }
         rank as i32 + low as i32
-    }
-}
-
-/// Walker's alias table (built as by Vose 1991): column `c` stands for one item with probability
-/// `keep / 2^32` and for another otherwise, and all columns are equally likely. One word makes a
-/// draw: its upper half chooses the column, its lower half the item.
-struct AliasTable {
-    columns: Vec<(u32, i32, i32)>,
-    total: f64,
-}
-
-impl AliasTable {
-    fn new(weights: &[f64]) -> Result<Self> {
-        if let Some(at) = weights.iter().position(|w| !w.is_finite() || *w < 0.0) {
-            let found = format!("{} at item {at}", weights[at]);
-            return Err(Error::Argument { name: "weights", found, expected: "finite and not negative" });
-        }
-        let items: Vec<i32> = (0..weights.len() as i32).filter(|&item| weights[item as usize] > 0.0).collect();
-        let total: f64 = items.iter().map(|&item| weights[item as usize]).sum();
-        if !total.is_finite() {
-            return Err(Error::Argument { name: "weights", found: "a sum of inf".into(), expected: "a finite sum" });
-        }
-        let unit = items.len() as f64 / total;
-        let mut share: Vec<f64> = items.iter().map(|&item| weights[item as usize] * unit).collect();
-        let mut columns: Vec<(u32, i32, i32)> = items.iter().map(|&item| (u32::MAX, item, item)).collect();
-        let (mut small, mut large): (Vec<usize>, Vec<usize>) = (0..items.len()).partition(|&c| share[c] < 1.0);
-        while let (Some(&giver), Some(taker)) = (large.last(), small.pop()) {
-            columns[taker] = ((share[taker] * 4_294_967_296.0) as u32, items[taker], items[giver]);
-            share[giver] -= 1.0 - share[taker];
-            if share[giver] < 1.0 {
-                large.pop();
-                small.push(giver);
-            }
-        }
-        Ok(Self { columns, total })
-    }
-
-    /// The item behind a column and a coin; -1 for column -1.
-    #[inline(always)]
-    fn item(&self, column: i32, coin: u32) -> i32 {
-        let found = self.columns.get(column as u32 as usize);
-        found.map_or(-1, |&(keep, own, other)| if coin < keep { own } else { other })
-    }
-}
-
-/// Cumulative weights of the free items, for users who own most of the mass: there the table
-/// would be asked again and again.
-struct FreeMass {
-    items: Vec<i32>,
-    cumulative: Vec<f64>,
-}
-
-impl FreeMass {
-    fn new(weights: &[f64], owned: &[i32]) -> Self {
-        let free = |item: &i32| weights[*item as usize] > 0.0 && owned.binary_search(item).is_err();
-        let items: Vec<i32> = (0..weights.len() as i32).filter(free).collect();
-        let mut sum = 0.0;
-        let cumulative = items.iter().map(|&item| {
-            sum += weights[item as usize];
-            sum
-        });
-        Self { cumulative: cumulative.collect(), items }
-    }
-
-    fn draw(&self, word: u64) -> i32 {
-        let last = self.items.len() - 1;
-        let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * self.cumulative[last];
-        self.items[self.cumulative.partition_point(|&sum| sum <= point).min(last)]
     }
 }
 
