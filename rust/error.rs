@@ -20,6 +20,8 @@ pub enum Error {
     NonFinite { name: &'static str, unit: &'static str, row: usize, count: usize },
     /// Vectors so long that their product leaves the range of `f32`.
     Overflow { name: &'static str, other: &'static str },
+    /// A result that does not fit into memory.
+    Memory { rows: usize, columns: usize },
     /// Nothing can be drawn for this user.
     NoFreeItem { user: usize, seen: usize, n_items: usize },
 }
@@ -43,6 +45,7 @@ impl fmt::Display for Error {
                 write!(f, "{name}: {unit} {row} has {count} non-finite {what}{}", if *count == 1 { "" } else { "s" })
             }
             Self::Overflow { name, other } => write!(f, "{name} x {other} can leave the range of float32"),
+            Self::Memory { rows, columns } => write!(f, "no memory for a result of {rows} x {columns} numbers"),
             Self::NoFreeItem { user, seen, n_items } => {
                 write!(f, "user {user} has no free item to draw ({seen} of {n_items} items seen)")
             }

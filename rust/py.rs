@@ -9,7 +9,7 @@ use numpy::{
     Element, IntoPyArray, PyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray, PyUntypedArray,
     PyUntypedArrayMethods,
 };
-use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::csr::CsrView;
@@ -21,6 +21,7 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         match error {
             Error::Index { .. } => PyIndexError::new_err(error.to_string()),
+            Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
             _ => PyValueError::new_err(error.to_string()),
         }
     }
@@ -162,9 +163,10 @@ fn lists<'py>(
     Ok((shaped(py, items, Ix2(rows, k))?, shaped(py, scores, Ix2(rows, k))?))
 }
 
+/// `rows * k`, if so many numbers of four bytes can be had now: the allocation itself would end the process.
 fn checked_size(rows: usize, k: usize) -> Result<usize> {
-    let too_long = Error::Argument { name: "k", found: k.to_string(), expected: "a list length that fits into memory" };
-    rows.checked_mul(k).filter(|size| *size < 1 << 40).ok_or(too_long)
+    let can_be_had = |size: &usize| Vec::<i32>::new().try_reserve_exact(*size).is_ok();
+    rows.checked_mul(k).filter(can_be_had).ok_or(Error::Memory { rows, columns: k })
 }
 
 fn shaped<T: Element, D: Dimension>(py: Python<'_>, values: Vec<T>, shape: D) -> PyResult<Bound<'_, PyArray<T, D>>> {
@@ -193,7 +195,8 @@ fn expect(name: &'static str, found: usize, expected: usize) -> Result<()> {
 ///     int32 [B, n_negatives]
 /// Raises
 ///     TypeError for a wrong dtype, rank or order; ValueError for wrong lengths, rows out of order and a user
-///     who owns every item; IndexError for a user or item out of range. `out` is then undefined.
+///     who owns every item; IndexError for a user or item out of range (`out` is then undefined); MemoryError
+///     for a result that does not fit, here and in every function that makes lists
 #[pyfunction]
 #[pyo3(signature = (indptr, indices, n_items, users, n_negatives, seed, n_threads=0, out=None))]
 fn sample_uniform<'py>(
