@@ -154,8 +154,8 @@ pub fn scan<S: State>(
             if first == 0 || order.items.len() > block {
                 panels.pack(items, b * block, part);
             }
-            alive.par_chunks_mut(group).enumerate().for_each(|(g, states)| {
-                scan_group(&panels, &order.places, queries, first + g * group, states);
+            alive.par_chunks_mut(group).enumerate().for_each_init(Vec::new, |skipped, (g, states)| {
+                scan_group(&panels, &order.places, queries, first + g * group, states, skipped);
             });
         }
         first += alive.len();
@@ -208,11 +208,14 @@ struct Row<'a, S> {
 /// One group of queries against one block of panels. Queries that are done (see
 /// [`State::threshold`]) leave between two parts of the block, and the others close the ranks; the
 /// parts start small, since many leave early, and grow to what the cache holds.
-fn scan_group<S: State>(panels: &Panels, places: &[i32], queries: &Vectors, first: usize, states: &mut [S]) {
+fn scan_group<S: State>(
+    panels: &Panels, places: &[i32], queries: &Vectors, first: usize, states: &mut [S], skipped: &mut Vec<u64>,
+) {
     let (kernel, dim) = (panels.kernel, panels.dim);
     let n_words = panels.items.len().div_ceil(64);
     let mut vectors = vec![0.0; states.len() * dim];
-    let mut skipped = vec![0; states.len() * n_words];
+    skipped.clear();
+    skipped.resize(states.len() * n_words, 0);
     let mut active = Vec::with_capacity(states.len());
     let mut vectors = vectors.chunks_mut(dim.max(1));
     for ((q, state), skipped) in states.iter_mut().enumerate().zip(skipped.chunks_mut(n_words.max(1))) {
