@@ -366,8 +366,8 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise UserError(
-            f"[{stage}] out of memory; lower --batch-size (in sft raise --grad-accum as much), in train --pool-size, "
-            "or in sft set --checkpointing or --load-in-4bit; what is finished is kept, the next start goes on from there"
+            f"[{stage}] out of memory; lower --batch-size (in sft raise --grad-accum as much) or --pool-size, in sft "
+            "set --checkpointing or --load-in-4bit; what is finished is kept, the next start goes on from there"
         ) from error  # case D21
     finally:
         if leads and partial.is_dir() and [p.name for p in partial.iterdir()] == ["key"]:
