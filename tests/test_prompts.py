@@ -1,5 +1,6 @@
 """Prompts hold what they should and nothing else; replies are read as they stand."""
 
+import json
 import re
 
 import pytest
@@ -53,7 +54,8 @@ def test_the_json_that_prompts_ask_for_is_valid_json_with_the_key():
         (prompts.ITEM_PROFILE, prompts.PROFILE_KEY),
         (prompts.USER_PROFILE, prompts.PROFILE_KEY),
     ):
-        assert parse_reply(template, key).status == "ok"
+        asked, _ = json.JSONDecoder().raw_decode(template[template.index('{"') :])
+        assert isinstance(asked[key], str)
 
 
 def test_words_of_the_data_keep_their_braces_commas_and_quotes():
@@ -91,3 +93,17 @@ def test_no_prompt_of_the_toy_run_spells_vectors_out(toy_run):
         assert items[i]["title"] in text and users[u]["profile"][:40] in text
         for prompt in (text, prompts.negative_prompt(users[u], items[i])):
             assert len(re.findall(r"\d+\.\d+", prompt)) <= 8
+
+
+@pytest.mark.parametrize(
+    ("key", "echo"),
+    [
+        ("hard_negative_item", "title, at most 20 words"),
+        ("hard_negative_item", " Title, At Most 20 Words"),
+        ("summarization", "at most 100 words on who likes it and why"),
+        ("summarization", "at most 100 words on what they like and dislike"),
+    ],
+)
+def test_the_example_of_the_question_is_no_answer(key, echo):
+    assert parse_reply(json.dumps({key: echo}), key).status == "bad"
+    assert parse_reply(json.dumps({key: echo + " indeed"}), key).status == "ok"
