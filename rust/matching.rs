@@ -87,6 +87,7 @@ fn trigrams(title: &str) -> Vec<[char; 3]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
     #[test]
     fn titles_match_whatever_their_case_and_punctuation() {
         let catalogue = ["Toy Story (1995)", "Toy Soldiers", "!!!", "Heat"].map(String::from);
@@ -95,8 +96,7 @@ mod tests {
         let (mut items, mut scores) = ([0; 6], [0.0; 6]);
         match_titles(&titles, &catalogue, &[0, 0, 0], csr, 2, 0.2, (&mut items, &mut scores)).unwrap();
         assert_eq!(items, [0, 1, -1, -1, -1, -1]);
-        // 15 trigrams of " toy story 1995 " are 14, of " toy soldiers " 12; common: " to" "toy"
-        // "oy " "y s" " so"? no: " st" against " so", so four.
+        // " toy story 1995 " has 14 trigrams, " toy soldiers " 12; four are common: " to", "toy", "oy ", "y s".
         assert_eq!(scores[..2], [1.0, 8.0 / 26.0]);
     }
 }
