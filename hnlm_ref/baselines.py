@@ -18,12 +18,16 @@ def mlp(n_in: int, n_out: int) -> nn.Sequential:
 
 
 class Enhancer(nn.Module):
-    """text float32 [U + I, d_llm], users first; standardised, since raw hidden states are nearly parallel (Choice)."""
+    """text float32 [U + I, d_llm], users first; standardised, since raw hidden states are nearly parallel (Choice).
+
+    weight  lambda_extra, of what `augment` adds; that of the loss is stage 04's to apply
+    """
 
     text: Tensor
 
-    def __init__(self, text: np.ndarray, n_users: int, dim: int):
+    def __init__(self, text: np.ndarray, n_users: int, dim: int, weight: float):
         super().__init__()
+        self.weight = weight
         standard = (text - text.mean(0)) / np.maximum(text.std(0), 1e-6)
         self.register_buffer("text", torch.from_numpy(standard.astype(np.float32)), persistent=False)
         self.n_users = n_users
@@ -42,8 +46,8 @@ class RlmRecContrastive(Enhancer):
     temperature 0.2, without the term of the sampled negatives.
     """
 
-    def __init__(self, text: np.ndarray, n_users: int, dim: int):
-        super().__init__(text, n_users, dim)
+    def __init__(self, text: np.ndarray, n_users: int, dim: int, weight: float):
+        super().__init__(text, n_users, dim, weight)
         self.project = mlp(text.shape[1], dim)
 
     def extra_loss(self, batch: Batch, user_emb: Tensor, item_emb: Tensor) -> Tensor:
@@ -59,8 +63,8 @@ class RlmRecGenerative(Enhancer):
     vectors of masked nodes and their texts. Choice: at most 1,024 masked nodes enter a step's loss.
     """
 
-    def __init__(self, text: np.ndarray, n_users: int, dim: int):
-        super().__init__(text, n_users, dim)
+    def __init__(self, text: np.ndarray, n_users: int, dim: int, weight: float):
+        super().__init__(text, n_users, dim, weight)
         self.mask = nn.Parameter(torch.zeros(dim))
         self.project = mlp(dim, text.shape[1])
         self.masked = torch.empty(0, dtype=torch.int64)
@@ -80,15 +84,19 @@ class Kar(Enhancer):
     """KAR (Xi et al., RecSys 2024): a hybrid-expert adaptor turns texts into vectors added to the ego vectors.
 
     Per side two experts of its own and two shared ones, mixed by a softmax gate. Choice: the text vector stands for
-    the paper's reasoning and factual knowledge, and is added, since the encoders have no feature input.
+    the paper's reasoning and factual knowledge, and is added, since the encoders have no feature input: with a weight,
+    and from zero, as at full strength the experts fit the training pairs before the ego vectors have moved.
     """
 
-    def __init__(self, text: np.ndarray, n_users: int, dim: int):
-        super().__init__(text, n_users, dim)
+    def __init__(self, text: np.ndarray, n_users: int, dim: int, weight: float):
+        super().__init__(text, n_users, dim, weight)
         n_in = text.shape[1]
         self.shared = nn.ModuleList([mlp(n_in, dim) for _ in range(2)])
         self.own = nn.ModuleList([mlp(n_in, dim) for _ in range(4)])  # two of the users', two of the items'
         self.gates = nn.ModuleList([nn.Linear(n_in, 4) for _ in range(2)])
+        for expert in (*self.shared, *self.own):
+            nn.init.zeros_(expert[-1].weight)
+            nn.init.zeros_(expert[-1].bias)
 
     def augment(self, table: Tensor) -> Tensor:
         sides = []
@@ -96,7 +104,7 @@ class Kar(Enhancer):
             experts = [*self.shared, *self.own[2 * side : 2 * side + 2]]
             outputs = torch.stack([expert(text) for expert in experts], 1)  # [U or I, 4, d]
             sides.append((self.gates[side](text).softmax(-1)[..., None] * outputs).sum(1))
-        return table + torch.cat(sides)
+        return table + self.weight * torch.cat(sides)
 
 
 ENHANCERS = {"rlmrec_con": RlmRecContrastive, "rlmrec_gen": RlmRecGenerative, "kar": Kar}

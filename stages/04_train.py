@@ -67,7 +67,7 @@ class TrainConfig:
     lambda_cl: float = knob(1e-3, "weight of L_cl, which pushes e_hard and e_u apart", low=0)
     cl_temperature: float = knob(0.2, "temperature of L_cl (tau)", low=1e-6)
     lambda_reg: float = knob(1e-4, "weight of L2 on the batch's ego vectors", low=0)
-    lambda_extra: float = knob(0.1, "weight of the enhancer's own loss", low=0)
+    lambda_extra: float = knob(0.1, "weight of the enhancer: of RLMRec's loss, of KAR's vectors", low=0)
     # optimisation
     lr: float = knob(5e-3, "learning rate of Adam", low=0)
     batch_size: int = knob(2048, "training pairs per step (B)", low=1)
@@ -128,7 +128,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         encoder.table.data.copy_(torch.from_numpy(warm))  # [U + I, d]
     if cfg.enhancer != "none":
         texts = [load_npy(run.folder("sft") / name) for name in ("user_text.npy", "item_text.npy")]
-        encoder.enhancer = baselines.ENHANCERS[cfg.enhancer](np.concatenate(texts), prep.n_users, cfg.dim)
+        make = baselines.ENHANCERS[cfg.enhancer]
+        encoder.enhancer = make(np.concatenate(texts), prep.n_users, cfg.dim, cfg.lambda_extra)
     model = nn.ModuleDict({"encoder": encoder})
 
     # Where negatives come from: the catalogue, less what the guard refuses; and what stage 3 generated.

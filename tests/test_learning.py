@@ -206,7 +206,7 @@ def enhanced(kind):
 
     def encoder(train):
         made = recommender.LightGCN(train, 6, 2)
-        made.enhancer = baselines.ENHANCERS[kind](text, 30, 6)
+        made.enhancer = baselines.ENHANCERS[kind](text, 30, 6, weight=0.5)
         return made
 
     training, plain = Training(encoder, patience=100), Training.batch_loss
@@ -241,11 +241,15 @@ def test_rlmrec_gen_masks_a_tenth_of_the_nodes_in_training_only():
 def test_kar_adds_a_gated_mixture_of_shared_and_own_experts():
     training = enhanced("kar")
     kar = training.encoder.enhancer
+    assert torch.equal(training.encoder.ego(), training.encoder.table)  # it starts as the plain encoder
+    with torch.no_grad():
+        for expert in (*kar.shared, *kar.own):
+            expert[-1].reset_parameters()
     added = training.encoder.ego() - training.encoder.table
     for node, own, gate in ((3, kar.own[:2], kar.gates[0]), (30 + 4, kar.own[2:], kar.gates[1])):
         text = kar.text[node]
         outputs = [expert(text) for expert in (*kar.shared, *own)]
-        expected = sum(w * out for w, out in zip(gate(text).softmax(0), outputs, strict=True))
+        expected = 0.5 * sum(w * out for w, out in zip(gate(text).softmax(0), outputs, strict=True))
         assert added[node].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     log = training.fit(n_epochs=10).log
     assert log[-1]["rank"] < log[0]["rank"]
