@@ -362,7 +362,7 @@ mod tests {
 
     #[test]
     fn popularity_is_followed_among_the_free_items() {
-        // Weights 8:1:1 (case B06), then without item 0, whose mass of 0.8 asks for `FreeMass`.
+        // Weights 8:1:1 (case B06), then without item 0, whose mass of 0.8 asks for `draw_free`.
         let drawn = draws(&[], 3, 60_000, Some(&[8.0, 1.0, 1.0])).unwrap();
         assert!((share(&drawn, 0) - 0.8).abs() < 0.01 && (share(&drawn, 1) - 0.1).abs() < 0.01);
         let drawn = draws(&[0], 3, 60_000, Some(&[8.0, 1.0, 1.0])).unwrap();
