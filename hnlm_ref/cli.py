@@ -58,7 +58,7 @@ class _Group(click.Group):
         except BrokenPipeError:  # `hnlm-ref show RUN | head`: click ends quietly
             raise
         except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}") from error
+            raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
