@@ -11,6 +11,7 @@ of its inputs, so two folders made from different preparations are never mixed (
 manifest and in report files alone, which the fingerprint leaves out: all other files are equal for equal keys.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from hnlm_ref import __version__
 from hnlm_ref.console import QUIET, UserError, say
@@ -52,11 +54,11 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def whole(path: Path) -> Iterator[None]:
     """Turn what a damaged file raises into one sentence; every file was whole when its stage ended."""
     try:
         yield
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}); delete its folder and run the stage again") from error
 
 
@@ -66,7 +68,7 @@ def save_npy(path: Path, array: np.ndarray) -> None:
 
 
 def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
-    with _whole(path):
+    with whole(path):
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
 
 
@@ -76,7 +78,7 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    with _whole(path):
+    with whole(path):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -86,7 +88,7 @@ def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def load_jsonl(path: Path) -> list[dict]:
-    with _whole(path), path.open(encoding="utf-8") as file:
+    with whole(path), path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -189,7 +191,7 @@ def file_fingerprint(path: Path) -> str:
     """What a stage remembers of an input file or folder: content, or size and time of change above `LARGE` bytes."""
     if path.is_dir():
         return _digest([(p.name, file_fingerprint(p)) for p in sorted(path.iterdir()) if p.is_file()])
-    if not path.exists():
+    if not path.is_file():
         return "absent"  # reading it gives the error; a hub id is no file either
     stat = path.stat()
     return _sha256(path)[:16] if stat.st_size <= LARGE else f"{stat.st_size}@{stat.st_mtime_ns}"
@@ -266,6 +268,8 @@ class Run:
         folder = self.folder("prep")
         users, items = load_jsonl(folder / "users.jsonl"), load_jsonl(folder / "items.jsonl")
         train, valid = (load_csr(folder, part, len(items)) for part in ("train", "valid"))
+        if len(users) != train.n_rows or len(items) != self.manifest("prep")["counts"]["items"]:
+            raise UserError(f"{folder}: users.jsonl or items.jsonl lacks lines; delete the folder and run prep again")
         return Prep(users, items, train, valid, load_npy(folder / "train.order.npy"))
 
     def test(self) -> Csr:
@@ -295,7 +299,7 @@ class Run:
 def is_done(folder: Path, key: str) -> bool:
     """Whether `folder` holds the finished stage of that key."""
     path = folder / "manifest.json"
-    return path.exists() and load_json(path)["key"] == key
+    return path.exists() and load_json(path).get("key") == key
 
 
 def stage_key(knobs: dict, seed: int, inputs: dict[str, str], files: Iterable[str], source: Path) -> str:
@@ -309,7 +313,8 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
 
     Work in progress lies in a hidden folder that is kept when the process dies, so `main` may find checkpoints of its
     own there; another key wipes it. The finished folder of an earlier run stays until the new one is whole.
-    Under torchrun or `accelerate launch` every process calls `main`, but only the first one touches the folder here.
+    Raises UserError when another command is at work in the hidden folder. Under torchrun or `accelerate launch` every
+    process calls `main`, but only the first one touches the folder here.
     """
     final = run.dir / stage
     partial = final.with_name(f".{final.name}.partial")
@@ -321,14 +326,20 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
     if done:
         say(f"[{stage}] done before, nothing changed: {final}")
         return
+    if leads and final.exists():
+        say(f"[{stage}] {final} was made with other knobs or inputs; it will be replaced")
+    lock = None
     try:
+        if leads:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = _lock(partial)
         if moving:
             if leads:
                 _promote(partial, final)
             return
         if leads and (not key_file.exists() or key_file.read_text(encoding="utf-8") != key):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            for old in partial.iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
             key_file.write_text(key, encoding="utf-8")
         if team:
             team.wait_for_everyone()  # the folder is ready
@@ -370,8 +381,10 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             "set --checkpointing or --load-in-4bit; what is finished is kept, the next start goes on from there"
         ) from error  # case D21
     finally:
-        if leads and partial.is_dir() and [p.name for p in partial.iterdir()] == ["key"]:
-            shutil.rmtree(partial)  # nothing to resume from
+        if lock is not None:
+            if partial.is_dir() and [p.name for p in partial.iterdir()] == ["key"]:
+                shutil.rmtree(partial)  # nothing to resume from
+            os.close(lock)
     say(f"[{stage}] {seconds:.1f} s, written to {final}")
 
 
@@ -399,6 +412,17 @@ def own_share(work: list, team: Any) -> Iterator[tuple[int, Any, bool]]:
     for first in range(0, len(work), team.num_processes):
         number = first + team.process_index
         yield number, work[number % len(work)], number < len(work)
+
+
+def _lock(folder: Path) -> int:
+    """Hold a folder for this process until the descriptor is closed or the process dies."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"another command is at work in {folder}; wait for it or stop it") from error
+    return lock
 
 
 def _promote(partial: Path, final: Path) -> None:

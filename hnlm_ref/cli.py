@@ -16,7 +16,7 @@ import click
 
 from hnlm_ref import __version__
 from hnlm_ref.artifacts import STAGES, Run, is_done
-from hnlm_ref.console import UserError, say
+from hnlm_ref.console import UserError, say, system_errors_told
 from hnlm_ref.knobs import COMMON, RunConfig, StageCommand, cast, given, open_run, options, unknown
 
 
@@ -53,12 +53,8 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx):
-        try:
+        with system_errors_told():
             return super().invoke(ctx)
-        except BrokenPipeError:  # `hnlm-ref show RUN | head`: click ends quietly
-            raise
-        except OSError as error:
-            raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -92,6 +88,8 @@ def _overrides(words: tuple[str, ...]) -> dict[str, dict[str, str]]:
         stage, dot, key = name.partition(".")
         if not (equals and dot):
             raise UserError(f"-o {word}: STAGE.KEY=VALUE is wanted, for example -o train.n_epochs=5")
+        if name == "train.method":
+            raise UserError(f"-o {word}: name what to train with --methods")
         if stage not in STAGES:
             raise UserError(f"-o {word}: no stage {stage!r}; {unknown(stage, STAGES)}")
         found.setdefault(stage, {})[key] = value
@@ -142,7 +140,9 @@ def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **
 
     tables, run = open_run(preset, quiet, params)
     files = {stage: stage_file(stage) for stage in ("train", "eval")}
-    click.echo(compare(run, tables, files, tuple(filter(None, backbones.split(","))), n_jobs))
+    train = load_stage("train")
+    check = lambda method: train.configure(tables, ("[grid]", {"method": method}))  # noqa: E731
+    click.echo(compare(run, tables, files, tuple(filter(None, backbones.split(","))), n_jobs, check))
 
 
 @main.command("data")
@@ -178,6 +178,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     from hnlm_ref.report import write
     from hnlm_ref.view import open_runs
 
+    out = out / "report.html" if out.is_dir() else out
     write(open_runs(runs), out)
     click.echo(out)
 

@@ -14,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,19 @@ def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
 
 
 def compare(
-    run: Run, tables: dict[str, dict], stage_files: dict[str, Path], backbones: tuple[str, ...], n_jobs: int
+    run: Run,
+    tables: dict[str, dict],
+    stage_files: dict[str, Path],
+    backbones: tuple[str, ...],
+    n_jobs: int,
+    check: Callable[[str], Any],
 ) -> str:
     """Do what is missing and give the table, Markdown.
 
     stage_files  of "train" and "eval"
     backbones    each method is tuned and trained with each of them; none: with what the preset says
     n_jobs       trainings at a time, the threads shared out among them; no result depends on it
+    check        raises UserError for the name of a setting that cannot be trained; asked before anything runs
     """
     grids: dict[str, dict] = tables.get("grid", {})
     known = [*run.methods, *tables.get("run", {}).get("methods", ())]  # --methods may ask for some of the preset's only
@@ -85,9 +91,14 @@ def compare(
         for suffix in suffixes
         for method in run.methods
     }
+    every = [variant for variants in tried.values() for variant in variants]
+    for variant in every:
+        check(variant)
+        if every.count(variant) > 1:
+            raise UserError(f"preset [grid]: {variant} is there twice")
     if len({len(variants) for variants in tried.values()}) > 1:
         say("the tuning budgets differ: " + ", ".join(f"{m} {len(vs)} settings" for m, vs in tried.items()))
-    run_stages((train(variant, run.seed) for variants in tried.values() for variant in variants), n_jobs)
+    run_stages((train(variant, run.seed) for variant in every), n_jobs)
 
     def manifest(variant: str, seed: int) -> dict:
         return run.manifest(f"train/{variant}/seed{seed}")

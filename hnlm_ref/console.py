@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -13,6 +14,17 @@ QUIET = "HNLM_QUIET"  # set by --quiet; an environment variable, so that the sta
 
 class UserError(click.ClickException):
     """A mistake of the user's, told in one sentence: what, where, the offending value, what to do. Exit code 1."""
+
+
+@contextmanager
+def system_errors_told() -> Iterator[None]:
+    """Turn what the system says of files (missing, not permitted, too long a name) into one sentence."""
+    try:
+        yield
+    except BrokenPipeError:  # `hnlm-ref show RUN | head`: click ends quietly
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
 
 def say(text: str) -> None:

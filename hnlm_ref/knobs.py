@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from hnlm_ref.artifacts import STAGES, Run, run_stage, stage_key
-from hnlm_ref.console import QUIET, UserError
+from hnlm_ref.console import QUIET, UserError, system_errors_told
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -64,8 +64,10 @@ def cast(kind: Any, value: Any) -> Any:
     elif kind in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = kind(value)
-    if type(value) is not kind or value != value:
+    if type(value) is not kind or value != value or value in (float("inf"), -float("inf")):
         raise ValueError(f"{words[kind]} is wanted")
+    if kind is int and abs(value) >= 1 << 31:
+        raise ValueError("a whole number below 2^31 is wanted")
     return value
 
 
@@ -73,6 +75,8 @@ def check(field: dataclasses.Field, value: Any) -> Any:
     """Cast `value` to the field's type and hold it against its words and bounds. Raises ValueError."""
     value = cast(field.type, value)
     choices, low, high = (field.metadata.get(name) for name in ("choices", "low", "high"))
+    if value == () and field.default:
+        raise ValueError("at least one is wanted")
     for v in value if isinstance(value, tuple) else (value,):
         if choices and v not in choices and v is not None:
             raise ValueError(f"one of {', '.join(choices)} is wanted")
@@ -93,7 +97,7 @@ def unknown(name: str, known: Iterable[str]) -> str:
 # ---- presets ----------------------------------------------------------------------------------------------------
 
 
-def load_preset(name: str | None, beside: Path = Path()) -> dict[str, dict]:
+def load_preset(name: str | None, beside: Path = Path(), above: tuple[Path, ...] = ()) -> dict[str, dict]:
     """The tables of a preset, by name or by path to a .toml file; no preset has no tables.
 
     `extends = NAME` in its first lines lays them over those of another preset; a path there is relative to the file.
@@ -107,12 +111,18 @@ def load_preset(name: str | None, beside: Path = Path()) -> dict[str, dict]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"preset {path}: {error}") from error
-    below = load_preset(tables.pop("extends", None), path.parent)
-    for table in tables:
+    below = tables.pop("extends", None)
+    if not isinstance(below, str | None) or path in above:
+        raise UserError(f"preset {path}: extends = {below!r}: the name of another preset is wanted")
+    below = load_preset(below, path.parent, (*above, path))
+    for table, content in tables.items():
         if table not in ("run", *STAGES, "methods", "grid"):
             raise UserError(
                 f"preset {path}: unknown table [{table}]; {unknown(table, ('run', *STAGES, 'methods', 'grid'))}"
             )
+        inner = content.values() if isinstance(content, dict) and table in ("methods", "grid") else [content]
+        if not all(isinstance(part, dict) for part in inner):
+            raise UserError(f"preset {path}: {table} = {content!r}: a table of knobs is wanted")
     return _lay_over(below, tables)
 
 
@@ -139,7 +149,7 @@ def resolve(config: type, *layers: tuple[str, dict]) -> Any:
 
 def method_knobs(tables: dict[str, dict], method: str) -> dict:
     """The overrides of a method; one without a table is the sampler of that name. "dns@pool_size=8" changes a knob."""
-    if "/" in method or method.startswith("."):
+    if "/" in method or method.startswith(".") or not method:
         raise UserError(
             f"method {method!r}: the name becomes a folder, so it may hold no slash and not begin with a dot"
         )
@@ -206,7 +216,10 @@ def open_run(preset: str | None, quiet: bool, params: dict) -> tuple[dict[str, d
     shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params))
     name = Path(preset).stem if preset else "custom"
     folder = Path(shared.run_dir.replace("{preset}", name))
-    run = Run(folder, shared.seed, shared.device, shared.n_threads, preset, shared.methods, shared.n_seeds)
+    methods = tuple(dict.fromkeys(shared.methods))
+    for method in methods:
+        method_knobs(tables, method)
+    run = Run(folder, shared.seed, shared.device, shared.n_threads, preset, methods, shared.n_seeds)
     return tables, run
 
 
@@ -247,7 +260,8 @@ class StageCommand(click.Command):
     def _call(self, preset: str | None, quiet: bool, **params: Any) -> None:
         tables, run = open_run(preset, quiet, params)
         cfg = self.configure(tables, given(self.config, params))
-        folder, knobs, inputs, key = self.plan(cfg, run)
+        with system_errors_told():
+            folder, knobs, inputs, key = self.plan(cfg, run)
         run_stage(folder, run, knobs, inputs, key, lambda run: self.main_function(cfg, run))
 
 

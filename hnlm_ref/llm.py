@@ -27,10 +27,11 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hnlm_ref.artifacts import load_json, load_npy, resolve_path, save_json
+from hnlm_ref.artifacts import load_json, load_npy, resolve_path, save_json, whole
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
@@ -161,7 +162,7 @@ def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
         raise UserError(f"{folder}: no PEFT adapter there (adapter_model.safetensors is missing)")
     try:
         model = peft.PeftModel.from_pretrained(llm, folder, is_trainable=trainable)
-    except RuntimeError as error:  # weights of another shape
+    except (RuntimeError, ValueError, SafetensorError) as error:  # weights of another shape, a damaged file
         raise UserError(
             f"{folder}: the adapter does not belong to this model: {str(error).splitlines()[-1]}"
         ) from error
@@ -388,7 +389,8 @@ class NegativeModel(nn.Module):
 
     def load_projections(self, folder: Path, head: bool = True) -> None:
         """The soft tokens of a saved model, and its head unless that is left out."""
-        own = load_file(folder / "projections.safetensors")
+        with whole(folder / "projections.safetensors"):
+            own = load_file(folder / "projections.safetensors")
         own = {name: t for name, t in own.items() if head or not name.startswith("head.")}
         unexpected = self.load_state_dict(own, strict=False).unexpected_keys
         assert not unexpected

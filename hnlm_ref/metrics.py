@@ -51,9 +51,9 @@ def evaluate(
 def recommend(
     user_emb: np.ndarray, item_emb: np.ndarray, exclude: Csr, k: int, n_threads: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The lists that `evaluate` judges: items int32 [U, k], best first, and scores float32; -1 and -inf pad."""
+    """The lists that `evaluate` judges: items int32 [U, min(k, I)], best first, scores float32; -1 and -inf pad."""
     user_emb, item_emb = (np.ascontiguousarray(table, np.float32) for table in (user_emb, item_emb))
-    return _core.topk(user_emb, item_emb, exclude.indptr, exclude.indices, k, n_threads)
+    return _core.topk(user_emb, item_emb, exclude.indptr, exclude.indices, min(k, len(item_emb)), n_threads)
 
 
 def from_ranks(ranks: np.ndarray, held_out: Csr, ks: tuple[int, ...]) -> dict[str, np.ndarray]:

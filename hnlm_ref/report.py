@@ -33,11 +33,11 @@ def every(views: list[View]) -> list[tuple[View, str, str]]:
 
 
 def result_rows(views: list[View]) -> Cells:
-    """Methods by metrics: mean and spread (sample standard deviation) over seeds, seconds of training."""
+    """Methods by metrics: mean and spread (sample standard deviation) over seeds, seconds of a training's epochs."""
     columns = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in views[0].metrics["k"]]
     found = [["method", *columns, "seeds", "seconds"]]
     for view, method, label in every(views):
-        seconds = statistics.fmean(manifest["timing"]["seconds"] for manifest in view.training(method))
+        seconds = statistics.fmean(sum(manifest["timing"]["epoch_seconds"]) for manifest in view.training(method))
         cells = [mean_and_spread(view.values(method, column)) for column in columns]
         found.append([label, *cells, str(len(view.methods[method])), f"{seconds:.1f}"])
     return found
@@ -52,7 +52,7 @@ def comparison_rows(views: list[View]) -> Cells:
     metric = f"ndcg@{views[0].k}"
     found = [[f"{metric}, paired over users", "difference", "95 % interval", "p"]]
     for told in compare(views, metric):
-        cells = ["not comparable: other users", "", ""]
+        cells = ["not comparable: other users or another split", "", ""]
         if "p" in told:
             cells = [f"{told['difference']:+.4f}", f"{told['low']:+.4f} to {told['high']:+.4f}", f"{told['p']:.4f}"]
         found.append([f"{told['method']} against {told['against']}", *cells])
@@ -235,6 +235,8 @@ def compare(views: list[View], metric: str) -> list[dict]:
     for view, method, label in others:
         ours, theirs = view.per_user(method, metric), base.per_user(first, metric)
         try:
+            if view.split != base.split:
+                raise UserError(f"{view.name} and {base.name} were split otherwise, or hold other data")
             told: dict = metrics.compare(*metrics.match_users(ours, theirs, (view.name, base.name)))
         except UserError as error:
             told = {"not compared": error.message}

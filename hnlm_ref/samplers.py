@@ -131,8 +131,13 @@ class Sampler:
         rows = np.repeat(users, self.n_negatives)
         graph = self.train.indptr, self.train.indices
         if self.kind == "popularity":
-            weights = np.float_power(np.bincount(self.train.indices, minlength=self.train.n_cols), self.popularity_beta)
-            drawn = _core.sample_popularity(*graph, weights, rows, n_drawn, seed, self.n_threads)
+            counts = np.bincount(self.train.indices, minlength=self.train.n_cols)
+            try:
+                with np.errstate(over="ignore"):  # the core refuses an infinite weight
+                    weights = np.float_power(counts, self.popularity_beta)
+                drawn = _core.sample_popularity(*graph, weights, rows, n_drawn, seed, self.n_threads)
+            except ValueError as error:  # a user who has all that anyone took, or weights beyond float64
+                raise UserError(f"popularity: {error}; lower popularity_beta or take another sampler") from error
         else:
             drawn = _core.sample_uniform(*graph, self.train.n_cols, rows, n_drawn, seed, self.n_threads)
         if self.blocked is not None:
@@ -254,12 +259,13 @@ class Generated:
 
 
 def load_generated(
-    folder: Path, train: Csr, pairs: np.ndarray, min_coverage: float, blocked: Csr | None, device: str
+    folder: Path, train: Csr, pairs: np.ndarray, min_coverage: float, blocked: Csr | None, device: str, by_item: bool
 ) -> Generated:
     """Read generate/ and join it to the training pairs, int32 [R, 2], in row order.
 
     A vector of zeros (a reply that named no item) counts as none. Matched items that the guard blocks, or that are
     training positives of their user, become -1 (case B15).
+    by_item  the sampler takes matched items: a pair that has none left counts as none too
     Raises UserError for arrays of other lengths, for a pair that is no training pair or comes twice (case E13), for a
     vector that is not finite, naming it (case D12), or has one value throughout (case E14), and for a coverage of
     zero or below `min_coverage`.
@@ -281,6 +287,8 @@ def load_generated(
     for row in np.flatnonzero((cells[place] != made_cells) | (row_of[place] != np.arange(len(made))))[:1]:
         what = "comes twice" if cells[place[row]] == made_cells[row] else "is no training pair"
         raise UserError(f"{folder / 'pairs.npy'}: row {row}, user {made[row, 0]} and item {made[row, 1]}, {what}")
+    refused = (train if blocked is None else train.union(blocked)).pairs().astype(np.int64) @ (train.n_cols, 1)
+    matches = np.where(np.isin(made[:, :1].astype(np.int64) * train.n_cols + matches, refused), -1, matches)
     n, sums, squares = 0, *np.zeros((2, vectors.shape[1]))
     for start in range(0, len(vectors), 4096):  # in blocks: all of them may not fit into memory
         block = vectors[start : start + 4096].astype(np.float64)
@@ -291,7 +299,9 @@ def load_generated(
             raise UserError(f"{folder / 'embeddings.npy'}: row {start + row}, user {user} and item {item}, {what}")
         row_of[place[start : start + 4096][empty]] = -1
         n, sums, squares = n + (~empty).sum(), sums + block.sum(0), squares + np.square(block).sum(0)
-    coverage = n / len(pairs)
+    if by_item:
+        row_of[place[(matches < 0).all(1)]] = -1
+    coverage = (row_of >= 0).mean()
     say(
         f"generated negatives for {coverage:.1%} of {len(pairs):,} training pairs; the others keep the sampled negative"
     )
@@ -300,8 +310,6 @@ def load_generated(
             f"{folder}: only {coverage:.1%} of the training pairs have a generated negative, min_coverage is "
             f"{min_coverage:.1%}; generate for more pairs or lower it"
         )
-    refused = (train if blocked is None else train.union(blocked)).pairs().astype(np.int64) @ (train.n_cols, 1)
-    matches = np.where(np.isin(made[:, :1].astype(np.int64) * train.n_cols + matches, refused), -1, matches)
     return Generated(
         torch.from_numpy(row_of).to(device),
         vectors,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hnlm_ref import losses, metrics
-from hnlm_ref.artifacts import Csr, atomic
+from hnlm_ref.artifacts import Csr, atomic, whole
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.recommender import Encoder, LightGCN, embeddings
 from hnlm_ref.samplers import Batch, Sampler, trainable_pairs
@@ -29,7 +29,7 @@ class Fit:
     best_epoch: int = 0
     best_score: float = -1.0
     log: list[dict] = field(default_factory=list)  # one dict per epoch
-    epoch_seconds: list[float] = field(default_factory=list)  # of this process, without validation
+    epoch_seconds: list[float] = field(default_factory=list)  # of every epoch, without validation
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -102,7 +102,10 @@ def fit(
         line = {"epoch": epoch} | {name: float(total) / losses_seen for name, total in sums.items()}
         done.epoch_seconds.append(time.perf_counter() - started)
         if epoch % eval_every == 0 or epoch == n_epochs:
-            score = metrics.evaluate(*embeddings(encoder), train, valid, (20,), n_threads)["ndcg@20"]
+            try:
+                score = metrics.evaluate(*embeddings(encoder), train, valid, (20,), n_threads)["ndcg@20"]
+            except ValueError as error:  # vectors that have left float32
+                raise UserError(f"epoch {epoch}: {error}; lr {lr} may be too large") from error
             line["valid_ndcg@20"] = mean = metrics.mean(score) if valid.nnz else None
             if mean is None or mean > done.best_score:  # nothing to validate on: the last epoch
                 done.best_score, done.best_epoch = mean or 0.0, epoch
@@ -152,7 +155,9 @@ def save_checkpoint(path: Path, optimiser: torch.optim.Optimizer, state: dict, n
 def load_checkpoint(path: Path, optimiser: torch.optim.Optimizer, model: nn.Module) -> tuple[dict, dict]:
     """Put weights and optimiser back; returns the counters and the best weights."""
     parts: dict[str, dict] = {"now": {}, "best": {}}
-    for key, tensor in load_file(path).items():
+    with whole(path):
+        tensors = load_file(path)
+    for key, tensor in tensors.items():
         part, _, name = key.rpartition("/")
         parts.setdefault(part, {})[name] = tensor
     model.load_state_dict(parts.pop("now"), strict=False)  # frozen weights are in no checkpoint

@@ -47,6 +47,8 @@ class View:
     def __init__(self, folder: Path, eval_dir: Path | None = None, test: Csr | None = None):
         self.run, self.name = Run(folder), folder.resolve().name
         self.eval_dir, self._test = eval_dir or self.run.folder("eval"), test
+        if eval_dir is None:
+            self.run.inputs(["eval"])  # what it was made from must still be there
         self.metrics: dict = load_json(self.eval_dir / "metrics.json")
         self.methods: dict[str, dict[str, dict]] = self.metrics["methods"]
         self.k = max(self.metrics["k"])
@@ -55,6 +57,11 @@ class View:
     @cached_property
     def prep(self) -> Prep:
         return self.run.prep()
+
+    @cached_property
+    def split(self) -> dict[str, str]:
+        """Fingerprints of the arrays of prep/: equal where users, items and parts have the same numbers."""
+        return {name: hash for name, hash in self.run.manifest("prep")["files"].items() if name.endswith(".npy")}
 
     @cached_property
     def known(self) -> Csr:
@@ -87,13 +94,13 @@ class View:
         return [self.run.manifest(f"train/{method}/{seed}") for seed in self.methods[method]]
 
     def curves(self, method: str, key: str, by_second: bool) -> list[tuple[list[float], list[float]]]:
-        """A column of log.jsonl, one curve per seed. By second: only where every epoch was timed (none was resumed)."""
+        """A column of log.jsonl, one curve per seed, by epoch or by seconds of training."""
         found = []
         for seed, manifest in zip(self.methods[method], self.training(method), strict=True):
             log = load_jsonl(self.run.dir / "train" / method / seed / "log.jsonl")
             times = np.cumsum([0, *manifest["timing"]["epoch_seconds"]])
             told = [row for row in log if row.get(key) is not None]
-            if told and (not by_second or len(times) == len(log) + 1):
+            if told:
                 x = [float(times[row["epoch"]]) if by_second else row["epoch"] for row in told]
                 found.append((x, [row[key] for row in told]))
         return found

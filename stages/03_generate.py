@@ -85,6 +85,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
 
     from hnlm_ref import _core, llm, negatives, profiles, prompts
 
+    if cfg.min_similarity > cfg.max_similarity:
+        raise UserError(f"min_similarity {cfg.min_similarity} is above max_similarity {cfg.max_similarity}: no match")
     prep, sft, out, device = run.prep(), run.folder("sft"), run.out, run.device
     knobs = run.manifest("sft")["knobs"]
     cf, text = (
@@ -167,6 +169,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         matches, scores = _core.match_items(
             z, item_vectors, users, *refused, cfg.n_matches, *band, run.n_threads
         )  # [N, m]
+    if (matches < 0).all():
+        raise UserError("no negative matches any item; widen min_similarity and max_similarity, or lower skip_ranks")
     save_npy(out / "item_vectors.npy", item_vectors)
     save_npy(out / "matches.npy", matches)
     save_npy(out / "match_scores.npy", scores)

@@ -91,7 +91,7 @@ def generated_folder(cfg: TrainConfig, run: Run) -> Path:
     folder = resolve_path(cfg.generate_dir)
     if not (folder / "manifest.json").exists():
         raise UserError(f"generate_dir {folder} is no finished generate folder: it has no manifest.json")
-    made_from, here = load_json(folder / "manifest.json")["inputs"]["prep"], run.fingerprint("prep")
+    made_from, here = load_json(folder / "manifest.json")["inputs"].get("prep", "none"), run.fingerprint("prep")
     if made_from != here:
         raise UserError(f"generate_dir {folder} was made from prep {made_from}, this run's prep is {here}")
     return folder
@@ -138,7 +138,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         blocked = samplers.semantic_guard(load_npy(run.folder("sft") / "item_text.npy"), train, cfg.guard_threshold)
     if cfg.sampler in GENERATED:
         folder = generated_folder(cfg, run)
-        generated = samplers.load_generated(folder, train, pairs, cfg.min_coverage, blocked, run.device)
+        by_item = cfg.sampler != "hnlm"
+        generated = samplers.load_generated(folder, train, pairs, cfg.min_coverage, blocked, run.device, by_item)
     shared = {f.name for f in fields(samplers.Sampler)} & {f.name for f in fields(cfg)}
     sampler = samplers.Sampler(
         train=train,

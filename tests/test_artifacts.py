@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import shutil
 import sys
 
 import numpy as np
@@ -29,12 +30,14 @@ def stage(run: Run, name: str, value: int, calls: list, reads=(), crash_after: s
     run_stage(name, run, {"value": value}, inputs, f"{value}{inputs}", main)
 
 
-def test_a_finished_stage_is_skipped_until_its_key_changes(tmp_path):
+def test_a_finished_stage_is_skipped_until_its_key_changes(tmp_path, capsys):
     run, calls = Run(tmp_path), []
     stage(run, "prep", 1, calls)
     stage(run, "prep", 1, calls)
     assert calls == ["fresh"]
+    assert "replaced" not in capsys.readouterr().err
     stage(run, "prep", 2, calls)
+    assert "prep was made with other knobs or inputs; it will be replaced" in capsys.readouterr().err
     assert calls == ["fresh", "fresh"] and load_npy(tmp_path / "prep" / "result.npy") == [4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prep"]
 
@@ -55,6 +58,17 @@ def test_work_in_progress_of_other_knobs_is_not_resumed(tmp_path):
         stage(run, "prep", 1, calls, crash_after="step")
     stage(run, "prep", 2, calls)
     assert calls == ["fresh", "fresh"]
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path):
+    def main(run):
+        save_npy(run.out / "mine.npy", np.zeros(1))
+        with pytest.raises(UserError, match=r"another command is at work in .*\.prep\.partial"):
+            run_stage("prep", Run(tmp_path), {}, {}, "other key", main)
+        return {}
+
+    run_stage("prep", Run(tmp_path), {}, {}, "key", main)
+    assert load_json(tmp_path / "prep" / "manifest.json")["key"] == "key" and (tmp_path / "prep" / "mine.npy").exists()
 
 
 def test_death_between_manifest_and_rename_is_mended_without_working_again(tmp_path):
@@ -167,8 +181,20 @@ def test_several_processes_where_they_cannot_help_are_refused(tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def load_checkpoint(path):
+    from hnlm_ref.training import load_checkpoint
+
+    load_checkpoint(path, None, None)
+
+
 @pytest.mark.parametrize(
-    ("name", "load"), [("a.npy", artifacts.load_npy), ("a.json", load_json), ("a.jsonl", artifacts.load_jsonl)]
+    ("name", "load"),
+    [
+        ("a.npy", artifacts.load_npy),
+        ("a.json", load_json),
+        ("a.jsonl", artifacts.load_jsonl),
+        ("a.safetensors", load_checkpoint),
+    ],
 )
 @pytest.mark.parametrize("content", [b"", b"{", b"\x93NUMPY\x01\x00v"], ids=["empty", "cut", "cut header"])
 def test_a_damaged_file_is_named_in_one_sentence(tmp_path, name, load, content):
@@ -178,3 +204,11 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, name, load, content):
         return
     with pytest.raises(UserError, match=rf"{name} is damaged \(.*delete its folder and run the stage again"):
         load(tmp_path / name)
+
+
+def test_a_preparation_that_lacks_lines_is_refused(toy_run, tmp_path):
+    shutil.copytree(toy_run / "prep", tmp_path / "prep")
+    lines = (tmp_path / "prep" / "users.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "prep" / "users.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"users\.jsonl or items\.jsonl lacks lines"):
+        Run(tmp_path).prep()

@@ -53,6 +53,16 @@ def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # cas
         "compare", "--preset", preset, "--run-dir", run_dir, "--methods", "dns"
     )  # the other grid is not asked for
     assert alone.returncode == 0 and alone.stdout.count("| dns@") == 1 and "| uniform@" not in alone.stdout
+    before = sorted(path.name for path in (run_dir / "train").iterdir())
+    for grid, sentence in (
+        ("lr = [1e-3, 0.001]", "uniform@lr=0.001 is there twice"),
+        ("lrr = [1e-3]", "did you mean 'lr'?"),
+        ("lr = [1e-3, 'much']", "lr = 'much': a number is wanted"),
+    ):
+        preset.write_text(f"[grid.uniform]\n{grid}\n", encoding="utf-8")
+        wrong = cli("compare", "--preset", preset, "--run-dir", run_dir)
+        assert wrong.returncode == 1 and sentence in wrong.stderr and "Traceback" not in wrong.stderr
+    assert sorted(path.name for path in (run_dir / "train").iterdir()) == before  # refused before anything is trained
     preset.write_text("[grid.dnss]\npool_size = [2]\n", encoding="utf-8")
     wrong = cli("compare", "--preset", preset, "--run-dir", run_dir)
     assert wrong.returncode == 1

@@ -47,7 +47,10 @@ def test_a_value_is_cast_to_the_type_of_its_knob(kind, value, wanted):
         ({"n_epochs": 2.5}, "preset: n_epochs = 2.5: a whole number is wanted"),
         ({"n_epochs": True}, "preset: n_epochs = True: a whole number is wanted"),
         ({"n_epochs": 0}, "preset: n_epochs = 0: at least 1 is wanted"),
+        ({"n_epochs": 2**31}, "preset: n_epochs = 2147483648: a whole number below 2^31 is wanted"),
         ({"lr": float("nan")}, "preset: lr = nan: a number is wanted"),
+        ({"lr": "inf"}, "preset: lr = 'inf': a number is wanted"),
+        ({"k": []}, "preset: k = []: at least one is wanted"),
         ({"k": 10}, "preset: k = 10: a list is wanted"),
         ({"k": [10, 0]}, "preset: k = [10, 0]: at least 1 is wanted"),
         ({"mode": "tex"}, "preset: mode = 'tex': one of text, cf is wanted"),
@@ -72,6 +75,16 @@ def test_a_preset_with_an_unknown_table_or_broken_toml_is_refused(tmp_path):
     (tmp_path / "b.toml").write_text("[train\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"b\.toml"):
         load_preset(str(tmp_path / "b.toml"))
+    for text, sentence in (
+        ("run = 3", "run = 3: a table of knobs"),
+        ("[methods]\na = 'dns'", "methods = {'a': 'dns'}: a table of knobs"),
+        ("[grid]\na = 3", "grid = {'a': 3}: a table of knobs"),
+        ("extends = 3", "extends = 3: the name of another preset"),
+        ("extends = 'c.toml'", r"extends = 'c\.toml': the name of another preset"),  # itself
+    ):
+        (tmp_path / "c.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=sentence):
+            load_preset(str(tmp_path / "c.toml"))
 
 
 def test_a_method_without_a_table_is_the_sampler_of_that_name():
@@ -96,7 +109,7 @@ def test_a_preset_lies_over_the_one_it_extends(tmp_path):
         load_preset(str(tmp_path / "lost.toml"))
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", ".x", ".."])
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", ".x", "..", ""])
 def test_a_method_cannot_leave_the_folder_of_the_run(name):
     with pytest.raises(UserError, match="it may hold no slash and not begin with a dot"):
         method_knobs({}, name)

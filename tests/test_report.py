@@ -10,7 +10,7 @@ import pytest
 from hnlm_ref import pictures
 from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json, save_jsonl, save_npy
 from hnlm_ref.console import UserError
-from hnlm_ref.report import lay_out, mean_and_spread, table, write
+from hnlm_ref.report import compare, lay_out, mean_and_spread, table, write
 from hnlm_ref.view import View, open_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -119,11 +119,30 @@ def test_runs_of_other_users_stand_side_by_side_without_a_paired_test(toy_run, t
     save_jsonl(other / "prep" / "users.jsonl", ({**user, "key": f"x{user['key']}"} for user in users))
     assert cli("report", toy_run, other, "--out", tmp_path / "page.html").stdout.strip() == str(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("not comparable: other users") == 3 and "other: hnlm" in page
+    assert page.count("not comparable: other users or another split") == 3 and "other: hnlm" in page
+    save_jsonl(other / "prep" / "users.jsonl", users)
+    assert "p" in compare(open_runs([toy_run, other]), "ndcg@20")[-1]  # the same users, the same test items
+    manifest = load_json(other / "prep" / "manifest.json")
+    manifest["files"]["test.indices.npy"] = "of another seed"
+    save_json(other / "prep" / "manifest.json", manifest)
+    told = compare(open_runs([toy_run, other]), "ndcg@20")
+    assert ["p" in row for row in told] == [True, True, False, False, False]
+    assert told[-1]["not compared"] == "other and run were split otherwise, or hold other data"
     told = load_json(other / "eval" / "metrics.json")
     save_json(other / "eval" / "metrics.json", {**told, "k": [5]})
     with pytest.raises(UserError, match=r"evaluated with different K .*10,20.*5"):
         open_runs([toy_run, other])
+
+
+@pytest.mark.parametrize("stage", ["prep", "train/dns/seed0"])
+def test_a_run_that_has_changed_since_its_evaluation_is_refused(toy_run, tmp_path, cli, stage):
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    manifest = load_json(run / stage / "manifest.json")
+    save_json(run / stage / "manifest.json", {**manifest, "fingerprint": "changed"})
+    for words in (("show", run), ("report", run), ("export", run, "--what", "recommendations", "--format", "csv")):
+        done = cli(*words, cwd=tmp_path)
+        assert done.returncode == 1 and f"eval was made from {stage} {manifest['fingerprint']}, but" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_picture_takes_its_colours_from_the_page_and_tells_its_numbers():

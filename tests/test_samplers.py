@@ -56,8 +56,27 @@ def write_generated(folder: Path, made_for, n_items, n_matches=5, seed=0, **chan
     return folder
 
 
-def generated(folder, train, min_coverage=0.5, blocked=None):
-    return samplers.load_generated(folder, train, samplers.trainable_pairs(train), min_coverage, blocked, "cpu")
+def generated(folder, train, min_coverage=0.5, blocked=None, by_item=False):
+    pairs = samplers.trainable_pairs(train)
+    return samplers.load_generated(folder, train, pairs, min_coverage, blocked, "cpu", by_item)
+
+
+def test_a_pair_without_a_matched_item_has_no_generated_negative_for_a_sampler_of_items(tmp_path):
+    train = csr([[0, 1], [2, 3]], 6)
+    matches = np.array([[4, 5], [-1, -1], [4, -1], [3, -1]], np.int32)  # the last is a training item of user 1
+    folder = write_generated(tmp_path / "g", train.pairs(), 6, n_matches=2, matches=matches)
+    assert (generated(folder, train).row_of >= 0).tolist() == [True] * 4
+    assert (generated(folder, train, by_item=True).row_of >= 0).tolist() == [True, False, True, False]
+    with pytest.raises(UserError, match=r"only 50\.0% of the training pairs have a generated negative"):
+        generated(folder, train, min_coverage=0.6, by_item=True)
+
+
+def test_a_popularity_that_cannot_draw_is_one_sentence():
+    train = csr([[0, 1], [0]], 3)  # nobody took item 2, so nothing is left to draw for user 0
+    with pytest.raises(UserError, match=r"user 0 has no free item to draw .* take another sampler"):
+        Sampler("popularity", train).draw(np.zeros(1, np.int32), 0)
+    with pytest.raises(UserError, match=r"weights is inf.*; lower popularity_beta"):
+        Sampler("popularity", train, popularity_beta=2000).draw(np.ones(1, np.int32), 0)
 
 
 @pytest.fixture

@@ -135,8 +135,8 @@ def test_quality_figures_are_those_counted_by_hand():
 
 
 def start(stage, run, *words):
-    """The stage in a process of its own, to be killed."""
-    line = [sys.executable, stage_file(stage), "--preset", "toy", "--n-threads", 1, "--run-dir", run, *words]
+    """The stage in a process of its own, to be killed; with another number of threads than `run_stage`."""
+    line = [sys.executable, stage_file(stage), "--preset", "toy", "--n-threads", 2, "--run-dir", run, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(list(map(str, line)), env=environment, stderr=subprocess.PIPE, text=True)
 

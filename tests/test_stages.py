@@ -55,7 +55,12 @@ def test_help_of_all_shows_the_knobs_of_every_stage(cli):
         (("all", "--preset", "toy", "-o", "trian.n_epochs=5"), "no stage 'trian'; did you mean 'train'?"),
         (("all", "--preset", "toy", "-o", "n_epochs=5"), "-o n_epochs=5: STAGE.KEY=VALUE is wanted"),
         (("all", "--preset", "toy", "-o", "train.n_epochs=five"), "n_epochs = 'five': a whole number is wanted"),
+        (("all", "--preset", "toy", "-o", "train.method=dns"), "name what to train with --methods"),
         (("eval", "--preset", "toy", "--k", "0"), "'0': at least 1 is wanted"),
+        (("eval", "--preset", "toy", "--k", ""), "'': at least one is wanted"),
+        (("eval", "--preset", "toy", "--methods", ","), "',': at least one is wanted"),
+        (("eval", "--preset", "toy", "--methods", "dns/../dns"), "may hold no slash"),
+        (("prep", "--run-dir", "x" * 300), "File name too long"),
         (("train", "--preset", "toy", "--run-dir", "empty"), "run: hnlm-ref prep --preset toy --run-dir empty"),
     ],
 )
