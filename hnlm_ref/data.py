@@ -290,7 +290,7 @@ JUNK = re.compile(r"getTime\(|var aPageStart|^\s*[.#][\w-]+\s*\{")  # scripts an
 
 def clean_text(text: str) -> str:
     """Entities resolved (twice: some are packed twice), tags and the scraper's scripts removed, blanks joined."""
-    text = html.unescape(html.unescape(text))
+    text = html.unescape(html.unescape(text)).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return "" if JUNK.search(text) else " ".join(TAG.sub(" ", text).split())
 
 

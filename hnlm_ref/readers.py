@@ -248,9 +248,13 @@ def sniff(
 def _record(line: str) -> dict | None:
     """One line as a record: JSON, or the Python literal of Amazon's 2014 files; None if it is neither."""
     for parse in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings():
+        unreadable = contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
+        with unreadable, warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
             record = parse(line)
+            if re.search(r"\\u[dD]", line):  # pairs that make one character; a lone half is no text
+                whole = json.dumps(record, ensure_ascii=False).encode("utf-16", "surrogatepass")
+                record = json.loads(whole.decode("utf-16", "replace"))
             return record if isinstance(record, dict) else None
     return None
 
@@ -381,6 +385,8 @@ def _parse(data: Any, layout: Layout, columns: list[str]) -> pl.DataFrame:
     if layout.kind == "parquet":
         return data
     if layout.kind == "json":
+        if re.search(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])", data):  # Polars reads a lone half as NUL
+            raise pl.exceptions.ComputeError("half a character")
         return pl.read_ndjson(data, schema=dict.fromkeys(columns, pl.String))
     if b"\0" in data:
         raise pl.exceptions.ComputeError("NUL")
@@ -427,7 +433,7 @@ def _walk(data: Any, layout: Layout, columns: list[str], line: int, bad: Bad) ->
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02X} at place {error.start + 1} is no UTF-8"
             wrong.append((line + first, f"{byte}; try --encoding latin-1"))
-        except (ValueError, csv.Error) as error:
+        except (ValueError, TypeError, csv.Error) as error:
             wrong.append((line + first, "a quote is not closed" if "end of data" in str(error) else str(error)))
     bad.add(layout.path, wrong)
     return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row"), lines

@@ -174,6 +174,20 @@ def test_a_spreadsheet_export_in_utf_16_and_quoted_line_breaks(tmp_path):
     assert texts == ['two\nlines, "quoted"', '5" pipe']
 
 
+def test_half_a_character_is_replaced_and_two_halves_are_joined(tmp_path):
+    """In JSON, where Polars would read NUL, in a Python literal, and in a list within a CSV field."""
+    log = [r'{"user": "u\udc3d", "item": "i1", "time": 1}', r'{"user": "v", "item": "\ud83dx", "time": 2}']
+    (tmp_path / "log.json").write_text("\n".join(log), encoding="utf-8")
+    for items in (
+        r'{"item": "i1", "title": "T \udc3d"}' + "\n" + r"{'item': '\ud83dx', 'title': '\ud83d\ude00'}",
+        'item,title\ni1,"[""T \\udc3d""]"\n\ufffdx,"[""\\ud83d\\ude00""]"',
+    ):
+        (tmp_path / "items").write_text(items, encoding="utf-8")
+        done = prepare(tmp_path / "run", tmp_path / "log.json", items=str(tmp_path / "items"))
+        assert done.pairs() == {("u\ufffd", "i1"), ("v", "\ufffdx")}
+        assert [item["title"] for item in done.items] == ["T \ufffd", "\U0001f600"]
+
+
 def test_blocks_cut_inside_a_quoted_field_are_put_together_again(tmp_path, monkeypatch):
     text = "user,item,text\n" + "".join(f'u{n},i{n},"a\nb, ""c"" {"d" * (n % 7)}"\n' for n in range(300))
     (tmp_path / "log.csv").write_text(text, encoding="utf-8")
@@ -205,6 +219,7 @@ BROKEN = {
     "mixed dates": (f"{HEADER}u1,i1,5,2015-01-01\n{ONE}\n".encode(), r"line 3: time '1420070400' is no date"),
     "mixed units": (f"{HEADER}{ONE}\nu2,i2,5,1451606399000\n".encode(), r"line 3: time 1451606399000 cannot be in s"),
     "broken JSON": (b'{"user": "u", "item": "i"}\n{"user": \n', r"line 2: it is no JSON object"),
+    "no JSON value": (b"{'user': 'u', 'item': {1}}\n", r"line 1: Object of type set is not JSON"),
     "JSON list": (b'[{"user": "u"}]', r"is one JSON value"),
     "line breaks in a field": (f'{HEADER}"u\n1",i1,5,1\n\nu2,i2,x,1\n'.encode(), r"line 5: rating 'x' is no number"),
     "gzip cut short": (gzip.compress((HEADER + f"{ONE}\n" * 9999).encode())[:-20], r"gzip file is cut short"),
