@@ -74,7 +74,8 @@ def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
 
 def save_json(path: Path, value: Any) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
 
 
 def load_json(path: Path) -> Any:
@@ -83,7 +84,8 @@ def load_json(path: Path) -> Any:
 
 
 def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+    form: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+    with atomic(path) as temporary, temporary.open("w", **form) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -391,7 +391,7 @@ def describe(path: str, **options: Any) -> str:
     for k in (2, 5, 10, 20):
         if len(core := k_core(pairs, k)):
             lines.append("  {}-core: {:,} users x {:,} items, {:,} pairs".format(k, *core.sizes()))
-    return "\n".join(lines)
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a file name may be no UTF-8
 
 
 def histogram(name: str, values: np.ndarray, width: int = 40) -> list[str]:

@@ -1,5 +1,6 @@
 """Stage 1 from end to end on small logs: cleaning, cores, splits, texts. The slow twin below says what is right."""
 
+import os
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hnlm_ref import data, readers
-from hnlm_ref.artifacts import Run, load_csr, load_jsonl, load_npy
+from hnlm_ref.artifacts import Run, load_csr, load_json, load_jsonl, load_npy
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
 
@@ -309,6 +310,16 @@ def test_published_sizes_are_printed_beside_ours_and_the_nearest_reading_named(t
     assert "published: 4 5 12" in told
     assert "nearest: 2-core to the fixed point, training pairs" in told
     assert "20 (+66.7%)" in told and "12 (+0.0%)" in told
+
+
+def test_a_file_name_that_is_no_utf_8_is_kept(cli, tmp_path):
+    log = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    log.write_text(rows("u,i,5,1500000000", "u,i,x,1500000000"), encoding="utf-8")
+    done = cli("prep", "--interactions", log, "--skip-bad-rows", "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert load_json(tmp_path / "run" / "prep" / "manifest.json")["knobs"]["interactions"] == str(log)
+    assert load_jsonl(tmp_path / "run" / "prep" / "skipped.jsonl")[0]["file"] == log.name
+    assert "1 users x 1 items" in cli("data", log, PYTHONIOENCODING="utf-8:strict").stdout
 
 
 def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
