@@ -168,7 +168,7 @@ def resolve_path(name: str) -> Path:
     Raises UserError when it is not installed (with the pip line to type) or holds no such path.
     """
     if not name.startswith("package:"):
-        return Path(name).expanduser()
+        return Path(os.path.expanduser(name))  # noqa: PTH111  (Path's own raises for a user who does not exist)
     package, _, inside = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

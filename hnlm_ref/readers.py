@@ -155,7 +155,8 @@ def _open(path: Path) -> tuple[Any, bool]:
     """The file's bytes, unpacked, and whether they were packed."""
     if not path.is_file():
         missing = f"{path}: no such file; stages/DATA.md tells what is read, and where the data of the presets goes"
-        raise UserError(f"{path} is a folder; name a file" if path.exists() else missing)
+        special = f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}; name a file"
+        raise UserError(special if path.exists() else missing)
     with path.open("rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
     return (gzip.open(path, "rb") if gzipped else path.open("rb")), gzipped
@@ -198,9 +199,10 @@ def sniff(
         raise UserError(f"{path} is a zip archive; unpack it first")
     given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     try:
+        b" ".decode(encoding, "ignore")  # refuses codecs that are no encoding of text, such as hex
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
-    except LookupError as error:
-        raise UserError(f"--encoding {encoding}: {error}") from error
+    except (LookupError, ValueError) as error:
+        raise UserError(f"{path}: --encoding {encoding}: {error}; name another, such as latin-1") from error
     if not given and "\ufffd" in text and path.name in ("u.item", "movies.dat"):  # MovieLens 100K and 1M
         encoding, text = "latin-1", head.decode("latin-1")
     lines = text.replace("\r", " ").split("\n")
@@ -364,7 +366,7 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
             chunk = _read(file, path, BLOCK)
             try:
                 data = rest + (decoder.decode(chunk, not chunk).encode() if decoder else chunk)
-            except UnicodeDecodeError as error:
+            except UnicodeError as error:
                 raise UserError(f"{path}: after line {line}: {error}; name another --encoding") from error
             data = data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data
             cut = data.rfind(b"\n") + 1 if chunk else len(data)

@@ -62,6 +62,8 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     source = data.make_toy_log(run.out, run.seed) if toy else resolve_path(cfg.interactions)
     log_path, items_path, *parts = readers.locate(source)
     parts = (log_path, cfg.valid_file or parts[0], cfg.test_file or parts[1])
+    if parts[1] and not parts[2]:
+        raise UserError(f"--valid-file {parts[1]} needs --test-file: a ready split has a test part")
     how = (cfg.format, cfg.sep, cfg.header, cfg.encoding, cfg.columns, cfg.time_unit)
     layouts = [readers.sniff(resolve_path(str(path)), *how) if path else None for path in parts]
     for layout in filter(None, layouts):
