@@ -4,10 +4,14 @@ Answers are appended to one file as they come, so a killed job goes on where it 
 a local model is asked.
 """
 
+import contextlib
+import http.client
 import json
+import math
 import os
-import time
+import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +27,7 @@ from hnlm_ref.knobs import knob
 from hnlm_ref.prompts import PROFILE_KEY, Reply, item_profile_prompt, parse_reply, user_profile_prompt
 
 Answers = Iterator[tuple[int, str | None]]  # (number of the question, what was said or None), in any order
+BACK_OFF = 1.0  # seconds before the second try
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,14 @@ class AskConfig:
     n_retries: int = knob(4, "further tries after no answer, each after twice the wait", low=0)
     max_new_tokens: int = knob(160, "length of an answer in tokens", low=1)
     ask_batch_size: int = knob(16, "questions a local model answers at once", low=1)
+
+    def __post_init__(self) -> None:
+        with contextlib.suppress(ValueError):  # of a port that is no number
+            url = urllib.parse.urlsplit(self.endpoint or "")
+            if self.endpoint is None or (url.scheme in ("http", "https") and url.hostname and url.port != 0):
+                return
+        like = "http://127.0.0.1:8000/v1"
+        raise UserError(f"endpoint {self.endpoint!r} is no address of a server; write one like {like}")
 
 
 def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
@@ -54,11 +67,12 @@ def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[in
 def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
     """Several requests at once, each retried with back-off; None when the server had no answer in the end.
 
+    Ends early when none of the first 2 * concurrency questions was answered: the server is down.
     A key is read from the environment variable OPENAI_API_KEY. A refused request (4xx) is a UserError: the next one
     would be refused too.
     """
     url = f"{(cfg.endpoint or '').rstrip('/')}/chat/completions"
-    headers = {"Content-Type": "application/json"}
+    headers, stop = {"Content-Type": "application/json"}, threading.Event()
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
 
@@ -67,25 +81,32 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
         body |= {"max_tokens": cfg.max_new_tokens, "temperature": 0.0, "seed": 0}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(cfg.n_retries + 1):
-            if attempt:
-                time.sleep(2.0 ** (attempt - 1))
+            if attempt and stop.wait(BACK_OFF * 2 ** (attempt - 1)):
+                break
             try:
                 with urllib.request.urlopen(request, timeout=cfg.timeout_s) as reply:
-                    return json.load(reply)["choices"][0]["message"]["content"] or ""
+                    content = json.load(reply)["choices"][0]["message"]["content"] or ""
+                if isinstance(content, str):
+                    return content
             except urllib.error.HTTPError as error:
                 if error.code < 500 and error.code not in (408, 429):
                     detail = error.read(200).decode(errors="replace").strip()
                     raise UserError(f"{url} refused the request: {error.code} {error.reason} {detail}") from error
-            except (OSError, ValueError, KeyError, IndexError):
+            except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException):
                 pass  # no connection, time-out, broken answer: worth another try
         return None
 
     with ThreadPoolExecutor(cfg.concurrency) as pool:
         running = {pool.submit(ask_one, text): number for number, text in questions}
+        n_failed: float = 0  # minus infinity once there was an answer
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
+                n_failed += 1 if done.result() is None else -math.inf
+                if n_failed >= 2 * cfg.concurrency:
+                    return
         finally:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -116,12 +137,15 @@ def ask(
     with part.open("a", encoding="utf-8", newline="\n") as file:
         for number, raw in progress(answer(missing) if missing else (), total=len(missing), desc=path.stem):
             title = titles[number] if titles else None
-            replies[number] = Reply("failed", None, "") if raw is None else parse_reply(raw, key, title)
-            file.write(json.dumps({"number": number, **vars(replies[number])}, ensure_ascii=False) + "\n")
+            reply = Reply("failed", None, "") if raw is None else parse_reply(raw, key, title)
+            texts = vars(reply).items()  # half a character, as JSON may hold, is replaced
+            said = {name: t and t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for name, t in texts}
+            replies[number] = Reply(**said)
+            file.write(json.dumps({"number": number, **said}, ensure_ascii=False) + "\n")
             file.flush()
+    if missing and (len(replies) < len(questions) or all(reply.status == "failed" for reply in replies.values())):
+        raise UserError(f"no question of {len(missing)} was answered; is the server up? Nothing is lost: start again")
     found = [replies[n] for n in range(len(questions))]
-    if found and all(reply.status == "failed" for reply in found):
-        raise UserError(f"no question of {len(found)} was answered; is the server up? Nothing is lost: start again")
     save_jsonl(path, (who | vars(reply) for who, reply in zip(about, found, strict=True)))
     part.unlink()
     return found

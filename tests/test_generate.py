@@ -165,7 +165,7 @@ def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers the n-th try of a question with what `plan` says: a status, or the text back."""
+    """Answers the n-th try of a question with what `plan` says: a status and the text back, or the body."""
 
     plan: dict = {}  # noqa: RUF012
     seen: list = []  # noqa: RUF012
@@ -177,9 +177,12 @@ class Server(BaseHTTPRequestHandler):
         Server.seen.append((text, body["max_tokens"], self.path))
         steps = Server.plan.get(text, [])
         status = steps[min([t for t, *_ in Server.seen].count(text), len(steps)) - 1] if steps else 200
+        body = json.dumps({"choices": [{"message": {"content": said(text, Server.key)}}]})
+        body, status, length = (status, 200, 99) if isinstance(status, str) else (body, status, len(body))
         self.send_response(status)
+        self.send_header("Content-Length", str(length))
         self.end_headers()
-        self.wfile.write(json.dumps({"choices": [{"message": {"content": said(text, Server.key)}}]}).encode())
+        self.wfile.write(body.encode())
 
     def log_message(self, *_):
         pass
@@ -187,7 +190,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(profiles.time, "sleep", lambda _: None)
+    monkeypatch.setattr(profiles, "BACK_OFF", 0)
     Server.plan, Server.seen = {}, []
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
@@ -214,6 +217,27 @@ def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tm
     with pytest.raises(UserError, match="is the server up"):
         ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint="http://127.0.0.1:9/v1", n_retries=1)))
     assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server, tmp_path):
+    bodies = ['{"choices": null}', '{"choices": [{"message": {"content": ["x"]}}]}', "[]"]
+    Server.plan = {"a": [*(body.ljust(99) for body in bodies), "cut", 200], "b": ["cut"]}
+    cfg = profiles.AskConfig(endpoint=server, n_retries=4)
+    ask = partial(profiles.ask, ["a", "b", "\ud83d"], [{}] * 3, tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
+    replies = ask(answer=partial(profiles.ask_server, cfg))
+    assert [(r.status, r.text) for r in replies] == [("ok", "a"), ("failed", None), ("ok", "\ufffd")]
+    assert sorted(text for text, *_ in Server.seen).count("a") == len(bodies) + 2
+
+
+def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
+    Server.plan = {"a": [500]}
+    answer = partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=2, n_retries=0))
+    assert len(list(answer([(n, "a") for n in range(99)]))) == 4  # 2 * concurrency
+    kept = {"number": 0, "status": "ok", "text": "kept", "raw": "r"}
+    (tmp_path / "t.jsonl.part").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no question of 98 was answered; is the server up\?"):
+        profiles.ask(["a"] * 99, [{}] * 99, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY)
+    assert "kept" in (tmp_path / "t.jsonl.part").read_text(encoding="utf-8")
 
 
 def test_text_mode_keeps_only_pairs_with_an_answer_and_counts_the_rest(server, toy_run, tmp_path):
