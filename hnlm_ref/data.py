@@ -65,10 +65,12 @@ def read_logs(layouts: list[Layout], bad: Bad) -> list[Log]:
     pools = {role: pl.Categorical(pl.Categories.random()) for role in ("user", "item")}
     columns: list[dict[str, pl.Series]] = []
     for layout in layouts:
+        before = len(bad.rows)
         # Ids go into a pool of strings block by block: what stays is four bytes a row, however long the ids.
         blocks = [frame.cast(pools) for frame in frames(layout, bad)]  # type: ignore[arg-type]
         if not sum(map(len, blocks)):
-            raise UserError(f"{layout.path} holds no rows; it was read as {layout}")
+            first = "".join(f" that can be read, line {row['line']}: {row['why']}" for row in bad.rows[before:][:1])
+            raise UserError(f"{layout.path} holds no rows{first}; it was read as {layout}")
         columns.append({name: pl.concat([block[name] for block in blocks]) for name in blocks[0].columns})
         del blocks
     keys: dict[str, pl.Series] = {}

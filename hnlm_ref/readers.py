@@ -93,7 +93,7 @@ FOLDERS = (
 
 # Where the size of a time betrays its unit: seconds reach 1e11 in the year 5138, milliseconds did in 1973.
 UNITS = {"order": (0, 1e8), "s": (1e8, 1e11), "ms": (1e11, 1e14), "us": (1e14, 1e17), "ns": (1e17, float("inf"))}
-DATES = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S%.fZ", "%Y-%m-%dT%H:%M:%S%.f", "%m %d, %Y")
+DATES = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d", "%+", "%Y-%m-%dT%H:%M:%S%.f", "%m %d, %Y")  # %+: with Z or an offset
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ def _unit(samples: list[str], time_unit: str) -> str | None:
 def _date(text: pl.Expr) -> pl.Expr:
     """Dates of any of the forms DATES, as seconds."""
     parsed = [text.str.strip_chars().str.to_datetime(form, strict=False, time_unit="us") for form in DATES]
-    return pl.coalesce(parsed).dt.timestamp("us") / 1e6
+    return pl.coalesce(p.dt.replace_time_zone(None) for p in parsed).dt.timestamp("us") / 1e6
 
 
 def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]]:

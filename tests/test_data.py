@@ -327,6 +327,9 @@ def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
     for part in ("csv", "time in s", "13 rows", "5 users x 5 items", "2-core: 3 users x 3 items, 9 pairs"):
         assert part in told
     assert "largest k with a k-core: 3" in told  # the three users' full 3 x 3 block
+    (tmp_path / "log").write_text("user,item,rating\nu,i,x\nu,i,y\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"log holds no rows that can be read, line 2: rating 'x' is no number; it was"):
+        data.describe(str(tmp_path / "log"))
     assert "3 that cannot be read" in data.describe(str(case_input("a10_bad_rating.csv")))
 
 

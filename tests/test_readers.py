@@ -188,6 +188,23 @@ def test_half_a_character_is_replaced_and_two_halves_are_joined(tmp_path):
         assert [item["title"] for item in done.items] == ["T \ufffd", "\U0001f600"]
 
 
+def test_dates_of_every_form_are_utc_seconds(tmp_path):
+    """2015-01-01T00:00:00Z is 1420070400; two hours are 7200 s."""
+    dates = {
+        "2015-01-01": 1420070400.0,
+        "01 1, 2015": 1420070400.0,
+        "2015-01-01 00:00:01.5": 1420070401.5,
+        "2015-01-01T00:00:01": 1420070401.0,
+        "2015-01-01T00:00:00Z": 1420070400.0,
+        "2015-01-01T00:00:00+00:00": 1420070400.0,
+        "2015-01-01T00:00:00.25+02:00": 1420070400.25 - 7200,
+        "2015-01-01 00:00:00-02:00": 1420070400.0 + 7200,
+    }
+    (tmp_path / "log").write_text("user\titem\ttime\n" + "".join(f"u\ti\t{d}\n" for d in dates), encoding="utf-8")
+    found = pl.concat(readers.frames(readers.sniff(tmp_path / "log"), readers.Bad()))
+    assert found["time"].to_list() == list(dates.values())
+
+
 def test_blocks_cut_inside_a_quoted_field_are_put_together_again(tmp_path, monkeypatch):
     text = "user,item,text\n" + "".join(f'u{n},i{n},"a\nb, ""c"" {"d" * (n % 7)}"\n' for n in range(300))
     (tmp_path / "log.csv").write_text(text, encoding="utf-8")
