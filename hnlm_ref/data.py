@@ -228,7 +228,8 @@ def split(
         ordered = np.sort(log.time)
         cuts = [moment(text, log.unit) if text else np.inf for text in (valid_from, test_from)]
         if valid_from is None and test_from is None:
-            cuts = [ordered[min(n - 1, int(n * (1 - r) + 0.5))] for r in (test_ratio + valid_ratio, test_ratio)]
+            ratios = (test_ratio + valid_ratio, test_ratio)
+            cuts = [ordered[min(n - 1, int(n * (1 - r) + 0.5))] if r else np.inf for r in ratios]
         return np.where(log.time >= cuts[1], 2, np.where(log.time >= cuts[0], 1, 0)).astype(np.int8)
     group = np.zeros(n, np.int32) if how == "ratio-global" else log.user
     sizes = np.bincount(group, minlength=1)

@@ -53,6 +53,13 @@ class PrepConfig(AskConfig):
     review_chars: int = knob(0, "characters kept of each training review; 0 writes none", low=0)
     published: tuple[int, ...] = knob((), "users, items, pairs in the paper, printed beside ours")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.valid_ratio + self.test_ratio > 1:
+            raise UserError(f"valid_ratio {self.valid_ratio} and test_ratio {self.test_ratio} are more than 1 together")
+        if self.published and (len(self.published) != 3 or min(self.published) <= 0):
+            raise UserError(f"published {','.join(map(str, self.published))}: three positive numbers are wanted")
+
 
 def main(cfg: PrepConfig, run: Run) -> dict:
     from hnlm_ref import data, readers

@@ -4,6 +4,7 @@ import os
 import re
 
 import numpy as np
+import polars as pl
 import pytest
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
@@ -84,7 +85,7 @@ def slow_prep(log, seed, min_rating, duplicates, k, how, valid_ratio, test_ratio
         moments = sorted(best.values())
         cuts = (
             [
-                moments[min(len(pairs) - 1, int(len(pairs) * (1 - r) + 0.5))]
+                moments[min(len(pairs) - 1, int(len(pairs) * (1 - r) + 0.5))] if r else float("inf")
                 for r in (test_ratio, valid_ratio + test_ratio)
             ]
             if pairs
@@ -340,6 +341,31 @@ def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
     again.mkdir()
     data.make_toy_log(again, 0)
     assert (again / "toy.csv").read_bytes() == (tmp_path / "toy.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("ratios", "parts"), [((0, 0), [0] * 5), ((0.4, 0), [0, 0, 0, 1, 1]), ((0, 0.4), [0, 0, 0, 2, 2])]
+)
+def test_a_split_by_time_with_a_ratio_of_0_leaves_that_part_empty(ratios, parts):
+    keys, number = pl.Series(["a", "b", "c", "d", "e"]), np.arange(5, dtype=np.int32)
+    log = data.Log(keys[:1], keys, np.zeros_like(number), number, time=number.astype(float), unit="order")
+    assert data.split(log, "time", *ratios, np.random.default_rng(0)).tolist() == parts
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"valid_ratio": 0.9, "test_ratio": 0.9}, "valid_ratio 0.9 and test_ratio 0.9 are more than 1 together"),
+        ({"published": (1, 2)}, "published 1,2: three positive numbers are wanted"),
+        ({"published": (0, 0, 0)}, "published 0,0,0: three positive numbers are wanted"),
+        ({"endpoint": ""}, "endpoint '' is no address of a server; write one like http://127.0.0.1:8000/v1"),
+        ({"endpoint": "http://host:port/v1"}, "endpoint 'http://host:port/v1' is no address"),
+        ({"endpoint": "http://:8000"}, "endpoint 'http://:8000' is no address"),
+    ],
+)
+def test_knobs_that_cannot_be_are_refused_before_anything_runs(knobs, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_stage("prep").config(**knobs)
 
 
 def test_a_window_that_holds_nothing_is_refused_with_the_counts(tmp_path):
