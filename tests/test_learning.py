@@ -167,6 +167,24 @@ def test_any_number_of_threads_gives_the_same_weights():  # case E07
     assert torch.equal(*tables)
 
 
+def test_products_as_large_as_those_of_text_vectors_do_not_depend_on_the_threads():  # case E07
+    """Sizes at which MKL shares a product out; without its strict mode the bits would differ."""
+    text = np.random.default_rng(0).standard_normal((1900, 576)).astype(np.float32)
+    found, before = [], torch.get_num_threads()
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        torch.manual_seed(0)
+        kar = baselines.Kar(text, 900, 64, weight=1.0)
+        optimiser = torch.optim.Adam(kar.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimiser.zero_grad()
+            (kar.augment(torch.zeros(1900, 64)) - 1).square().mean().backward()
+            optimiser.step()
+        found.append(torch.cat([p.detach().flatten() for p in kar.parameters()]))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_without_validation_pairs_the_last_epoch_is_kept():
     training = Training()
     training.valid = Csr.from_pairs([], [], 30, 25)
