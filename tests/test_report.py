@@ -27,7 +27,7 @@ def marked_run(toy_run, tmp_path_factory):
     save_jsonl(run / "prep" / "items.jsonl", items)
     pairs = load_npy(run / "generate" / "pairs.npy")
     texts = [{"user": int(u), "item": int(i), "status": "ok", "text": EVIL, "raw": "{…}"} for u, i in pairs]
-    texts[0] |= {"status": "unparsed", "text": None, "raw": "I cannot say."}  # stage 3 leaves such a pair out
+    texts[0] |= {"status": "bad", "text": None, "raw": "I cannot say."}  # stage 3 leaves such a pair out
     save_jsonl(run / "generate" / "texts.jsonl", texts)
     for name in ("pairs", "matches", "match_scores"):
         save_npy(run / "generate" / f"{name}.npy", load_npy(run / "generate" / f"{name}.npy")[1:])
@@ -73,7 +73,7 @@ def test_show_in_the_terminal_is_plain_where_there_is_no_terminal(marked_run, cl
     """Case G07: history, positive, raw text, parsed title, matched items, similarity; the summary has quartiles."""
     prep = Run(marked_run).prep()
     unread = cli("show", marked_run, "--user", prep.users[0]["key"]).stdout  # stage 3 found no title in this reply
-    assert "status: unparsed\n  text: None\n  raw: I cannot say.\n  no matched item" in unread
+    assert "status: bad\n  text: None\n  raw: I cannot say.\n  no matched item" in unread
     key = prep.users[3]["key"]
     text = cli("show", marked_run, "--user", key).stdout
     for part in (f"user {key}", "took ", "raw: {…}", f"text: {EVIL}", "nearest items by similarity", "hnlm recommends"):
