@@ -10,11 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
 from test_sft import hashes, run_stage
 from test_sft import start as start_stage
 
 from hnlm_ref import llm, profiles, prompts
-from hnlm_ref.artifacts import load_json, load_jsonl, load_npy
+from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy
 from hnlm_ref.console import UserError
 
 generate, start = partial(run_stage, "generate"), partial(start_stage, "generate")
@@ -58,6 +59,37 @@ def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made
     for u in np.unique(pairs[:, 0]):
         mine = pairs[:, 0] == u
         cosine[np.ix_(mine, pairs[mine, 1])] = -np.inf
+    np.testing.assert_allclose(np.take_along_axis(cosine, matches.astype(np.int64), 1), scores, atol=1e-5)
+    np.testing.assert_allclose(-np.sort(-cosine, axis=1)[:, : matches.shape[1]], scores, atol=1e-5)
+
+
+def test_zero_shot_vectors_are_means_of_the_untuned_model_s_states_and_match_the_nearest_texts(toy_run, tmp_path):
+    """The slow way: a forward pass for each pair, nothing packed; the mean leaves the user's part out."""
+    run = with_inputs(toy_run, tmp_path)
+    generate(run, "--no-tuned", "--pairs-per-user", 2)
+    pairs, h, matches, scores = (
+        load_npy(run / "generate" / f"{name}.npy") for name in ("pairs", "embeddings", "matches", "match_scores")
+    )
+    prep, (model, tokenizer) = Run(run).prep(), llm.tiny_model()
+    for (u, i), vector in zip(pairs.tolist(), h, strict=True):
+        user, item, end = (
+            tokenizer(text, add_special_tokens=False).input_ids
+            for text in (
+                prompts.QUERY_USER.replace("{profile}", prep.users[u]["profile"]),
+                prompts.QUERY_ITEM.replace("{item}", prompts.item_words(prep.items[i])),
+                prompts.QUERY_END,
+            )
+        )
+        user = [tokenizer.bos_token_id, *user][:160]  # the preset's limits, the item's with two soft tokens and EOS
+        item = [*item[: 64 - len(end) - 3], *end, tokenizer.eos_token_id]
+        with torch.no_grad():
+            states = model.model(torch.tensor([user + item])).last_hidden_state[0]
+        np.testing.assert_allclose(vector, states[len(user) :].mean(0), atol=1e-3, rtol=1e-3)  # float16 on disk
+    z, items = h.astype(np.float64), load_npy(run / "sft" / "item_text.npy").astype(np.float64)
+    z -= z.mean(0)
+    cosine = (z / np.linalg.norm(z, axis=1, keepdims=True)) @ (items / np.linalg.norm(items, axis=1, keepdims=True)).T
+    for row, u in zip(cosine, pairs[:, 0], strict=True):
+        row[prep.train.row(u)] = -np.inf
     np.testing.assert_allclose(np.take_along_axis(cosine, matches.astype(np.int64), 1), scores, atol=1e-5)
     np.testing.assert_allclose(-np.sort(-cosine, axis=1)[:, : matches.shape[1]], scores, atol=1e-5)
 
