@@ -25,6 +25,12 @@ def case_input(shared_data):
     return lambda name: shared_data.parent / "cases" / "inputs" / name
 
 
+def readme_code(beginning: str, language: str = "python") -> str:
+    """The example of README.md that begins so."""
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split(f"```{language}\n")[1:]
+    return next(block for block in blocks if block.startswith(beginning)).split("```")[0]
+
+
 def run_cli(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
     """Run `hnlm-ref WORDS` as a user would and give back what it printed."""
     command = [sys.executable, "-m", "hnlm_ref.cli", *map(str, words)]

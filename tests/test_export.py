@@ -1,5 +1,6 @@
 """Export: every table in every format loads back equal, and works where it is meant to be used (case G01)."""
 
+import ast
 import csv
 import json
 import os
@@ -11,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from conftest import readme_code
 
 from hnlm_ref.artifacts import Csr, Run, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
 from hnlm_ref.export import WRITERS, export
@@ -138,53 +140,41 @@ for kind in ("csv", "parquet"):
         assert table.select(pl.len()).collect().item() == 800_000
 
 
-def test_generated_negatives_serve_in_a_plain_pytorch_loop(run, tmp_path):
-    """The README's example."""
+def test_generated_negatives_serve_in_the_readme_s_pytorch_loop(run, tmp_path, monkeypatch):
     export(run, "negatives", "npz", tmp_path)
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    data = np.load(tmp_path / "negatives.npz")
-    users, user = np.unique(data["user"], return_inverse=True)
-    items, item = np.unique(np.concatenate([data["item"], data["negative"]]), return_inverse=True)
-    u, (i, j) = torch.from_numpy(user), torch.from_numpy(item).chunk(2)
-    user_table, item_table = torch.nn.Embedding(len(users), 16), torch.nn.Embedding(len(items), 16)
-    optimiser = torch.optim.Adam([*user_table.parameters(), *item_table.parameters()], lr=0.05)
-    for _ in range(20):
-        loss = torch.nn.functional.softplus((user_table(u) * (item_table(j) - item_table(i))).sum(1)).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert users[u[0]] == "000" and loss.item() < 0.5
+    made = {"np": np, "torch": torch}
+    exec(readme_code("data = np.load("), made)
+    user, item = (made[f"{side}_table"].weight.detach().numpy() for side in ("user", "item"))
+    rows = expected(run, "negatives")
+    u = user[np.searchsorted(made["users"], rows["user"])]
+    i, j = (item[np.searchsorted(made["items"], rows[name])] for name in ("item", "negative"))
+    assert np.log1p(np.exp((u * (j - i)).sum(1))).mean() < 0.5  # log 2 is chance
 
 
-RECBOLE_EXAMPLE = """
-import sys, torch
-from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
-from recbole.model.general_recommender import BPR
-
-settings = {"data_path": sys.argv.pop(), "load_col": {"inter": ["user_id", "item_id", "neg_item_id"]},
-            "alias_of_item_id": ["neg_item_id"], "train_neg_sample_args": None,
-            "eval_args": {"split": {"RS": [1, 0, 0]}, "group_by": None, "order": "RO", "mode": "full"}}
-config = Config(model="BPR", dataset="negatives", config_dict=settings)
-train, _, _ = data_preparation(config, create_dataset(config))
-model = BPR(config, train.dataset)
-optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
-for epoch in range(5):
-    for batch in train:
-        loss = model.calculate_loss(batch)
-        optimiser.zero_grad(), loss.backward(), optimiser.step()
-    print(loss.item(), len(batch))
-"""
-
-
-def test_generated_negatives_serve_in_recbole(run, tmp_path):
-    """The README's example: RecBole's BPR takes neg_item_id from the file in place of a sampler's."""
+def test_generated_negatives_serve_in_the_readme_s_recbole_loop(run, tmp_path):
+    """RecBole's BPR takes neg_item_id from the file in place of a sampler's; five epochs of the example's one."""
     python = os.environ.get("HNLM_RECBOLE_PYTHON")
     if python is None:
         pytest.skip("RecBole 1.2.1 needs numpy < 2: set HNLM_RECBOLE_PYTHON to the python of an environment with it")
-    export(run, "negatives", "recbole", tmp_path / "negatives")
-    command = [python, "-c", RECBOLE_EXAMPLE, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "RUN").symlink_to(run)
+    export(tmp_path / "RUN", "negatives", "recbole")
+    code = f"""
+import itertools, torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.model.general_recommender import BPR
+{readme_code("settings = {").replace("in train:", "in itertools.chain(*[train] * 5):")}    print(loss.item())
+keys = [train.dataset.id2token(name.removeprefix("neg_"), batch[name]) for name in settings["load_col"]["inter"]]
+print(*zip(*keys), sep="\\n")
+"""
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    losses = [float(line.split()[0]) for line in done.stdout.splitlines()[-5:]]
+    lines = done.stdout.splitlines()
+    losses = [float(line) for line in lines if line.startswith("0.")]
     assert losses[-1] < 0.3 < losses[0] < 0.75
+    rows = expected(run, "negatives")
+    known = set(zip(rows["user"], rows["item"], rows["negative"], strict=True))
+    seen = [ast.literal_eval(line) for line in lines if line.startswith("('")]
+    assert len(seen) > 100 and known.issuperset(seen)
