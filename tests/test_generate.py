@@ -5,18 +5,22 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import asdict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from conftest import readme_code
 from test_sft import hashes, run_stage
 from test_sft import start as start_stage
 
 from hnlm_ref import llm, profiles, prompts
 from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy
+from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
+from hnlm_ref.knobs import load_preset
 
 generate, start = partial(run_stage, "generate"), partial(start_stage, "generate")
 
@@ -92,6 +96,21 @@ def test_zero_shot_vectors_are_means_of_the_untuned_model_s_states_and_match_the
         row[prep.train.row(u)] = -np.inf
     np.testing.assert_allclose(np.take_along_axis(cosine, matches.astype(np.int64), 1), scores, atol=1e-5)
     np.testing.assert_allclose(-np.sort(-cosine, axis=1)[:, : matches.shape[1]], scores, atol=1e-5)
+
+
+def test_the_readme_s_transfer_differs_from_its_base_in_the_language_model_alone(tmp_path):
+    path = tmp_path / "transfer.toml"
+    path.write_text(readme_code('extends = "toys"', "toml"), encoding="utf-8")
+    tables, base = load_preset(str(path)), load_preset("toys")
+
+    def knobs(stage, tables, **words):
+        return asdict(load_stage(stage).configure(tables, ("", words)))
+
+    assert knobs("sft", tables) == knobs("sft", base) | {"init_from": "runs/cds/sft", "n_epochs": 0}
+    hnlm, here = (knobs("train", tables, method=method) for method in ("hnlm", "here"))
+    assert here == hnlm | {"method": "here", "generate_dir": "runs/toys/generate"}
+    assert hnlm == knobs("train", base, method="hnlm")
+    assert all(knobs(stage, tables) == knobs(stage, base) for stage in ("prep", "generate"))
 
 
 def test_skipped_warm_up_ranks_are_never_matched(toy_run, tmp_path):
