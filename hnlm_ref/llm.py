@@ -15,7 +15,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -305,6 +305,17 @@ def embed(llm: Any, batch: Batch, soft: Tensor | None = None, pooling: str = "la
     return total / torch.bincount(pair).unsqueeze(1)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For LAPACK, whose sums depend on how many threads share them, unlike the products of `hnlm_ref/__init__.py`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Head(nn.Module):
     """From h to the space of the targets: each coordinate of h standardised, then a linear map.
 
@@ -325,6 +336,7 @@ class Head(nn.Module):
         return self.linear((h - self.center) / self.spread)
 
     @torch.no_grad()
+    @one_thread()
     def solve(self, h: Tensor, wanted: Tensor, ridge: float = 0.1) -> None:
         """Standardise by h [B, d_llm] and put the map at the ridge regression of `wanted` [B, d_out], times a number.
 
@@ -445,9 +457,10 @@ def generate_texts(llm: Any, tokenizer: Any, prompts: Sequence[list[int]], max_n
     return tokenizer.batch_decode(said[:, longest:], skip_special_tokens=True)
 
 
+@one_thread()
 def whiten(vectors: np.ndarray, n_directions: int = 512) -> np.ndarray:
     """Coordinates along the strongest directions of centred vectors, each scaled to variance 1; float32 [n, <= 512]."""
-    left, strength, _ = np.linalg.svd(vectors, full_matrices=False)
+    left, strength, _ = (x.numpy() for x in torch.linalg.svd(torch.from_numpy(vectors), full_matrices=False))
     kept = strength[:n_directions] > 1e-6 * strength[0]
     return np.ascontiguousarray(left[:, :n_directions][:, kept] * len(vectors) ** 0.5)  # as the core takes them
 
