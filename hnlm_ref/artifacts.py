@@ -62,6 +62,11 @@ def whole(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged ({error}); delete its folder and run the stage again") from error
 
 
+def no_half_characters(text: str) -> str:
+    """Pairs of surrogates joined, lone ones replaced: JSON may hold half a character, UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def save_npy(path: Path, array: np.ndarray) -> None:
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)

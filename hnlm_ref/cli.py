@@ -139,10 +139,8 @@ def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **
     from hnlm_ref.compare import compare
 
     tables, run = open_run(preset, quiet, params)
-    files = {stage: stage_file(stage) for stage in ("train", "eval")}
-    train = load_stage("train")
-    check = lambda method: train.configure(tables, ("[grid]", {"method": method}))  # noqa: E731
-    click.echo(compare(run, tables, files, tuple(filter(None, backbones.split(","))), n_jobs, check))
+    stages = {stage: load_stage(stage) for stage in ("train", "eval")}
+    click.echo(compare(run, tables, stages, tuple(filter(None, backbones.split(","))), n_jobs))
 
 
 @main.command("data")

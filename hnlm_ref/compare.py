@@ -14,16 +14,15 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hnlm_ref.artifacts import Run, atomic, load_json, load_npy, save_json
 from hnlm_ref.console import UserError, say
-from hnlm_ref.knobs import unknown
+from hnlm_ref.knobs import StageCommand, unknown
 
 # Said below the table.
 SHARED = ("backbone", "dim", "n_layers", "lr", "lambda_reg", "batch_size", "n_epochs", "patience")
@@ -58,19 +57,14 @@ def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
 
 
 def compare(
-    run: Run,
-    tables: dict[str, dict],
-    stage_files: dict[str, Path],
-    backbones: tuple[str, ...],
-    n_jobs: int,
-    check: Callable[[str], Any],
+    run: Run, tables: dict[str, dict], stages: dict[str, StageCommand], backbones: tuple[str, ...], n_jobs: int
 ) -> str:
     """Do what is missing and give the table, Markdown.
 
-    stage_files  of "train" and "eval"
-    backbones    each method is tuned and trained with each of them; none: with what the preset says
-    n_jobs       trainings at a time, the threads shared out among them; no result depends on it
-    check        raises UserError for the name of a setting that cannot be trained; asked before anything runs
+    stages     the commands of "train" and "eval"
+    backbones  each method is tuned and trained with each of them; none: with what the preset says
+    n_jobs     trainings at a time, the threads shared out among them; no result depends on it
+    Raises UserError for a setting that cannot be trained, before anything runs.
     """
     grids: dict[str, dict] = tables.get("grid", {})
     known = [*run.methods, *tables.get("run", {}).get("methods", ())]  # --methods may ask for some of the preset's only
@@ -82,7 +76,7 @@ def compare(
 
     def train(method: str, seed: int) -> list[str]:
         words = ["--method", method, "--seed", str(seed), "--n-threads", str(n_threads)]
-        return [sys.executable, str(stage_files["train"]), *common, *words]
+        return [sys.executable, str(stages["train"].source), *common, *words]
 
     # Tune: the first seed of every setting; validation says which one is kept.
     suffixes = [f"@backbone={backbone}" for backbone in backbones] or [""]
@@ -93,7 +87,7 @@ def compare(
     }
     every = [variant for variants in tried.values() for variant in variants]
     for variant in every:
-        check(variant)
+        stages["train"].configure(tables, ("[grid]", {"method": variant}))
         if every.count(variant) > 1:
             raise UserError(f"preset [grid]: {variant} is there twice")
     if len({len(variants) for variants in tried.values()}) > 1:
@@ -110,7 +104,7 @@ def compare(
     seeds = range(run.seed, run.seed + run.n_seeds)
     run_stages((train(variant, seed) for variant in chosen.values() for seed in seeds), n_jobs)
     words = ["--methods", ",".join(chosen.values()), "--n-seeds", str(run.n_seeds), "--seed", str(run.seed)]
-    run_stages([[sys.executable, str(stage_files["eval"]), *common, *words]], 1)
+    run_stages([[sys.executable, str(stages["eval"].source), *common, *words]], 1)
 
     # One row per method: means over users, then over seeds; the test pairs users, each the mean of its seeds.
     from hnlm_ref import metrics

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from hnlm_ref.artifacts import resolve_path
+from hnlm_ref.artifacts import no_half_characters, resolve_path
 from hnlm_ref.console import UserError
 from hnlm_ref.readers import ITEM_ROLES, Bad, Layout, frames, item_frames, locate, sniff
 
@@ -293,7 +293,7 @@ JUNK = re.compile(r"getTime\(|var aPageStart|^\s*[.#][\w-]+\s*\{")  # scripts an
 
 def clean_text(text: str) -> str:
     """Entities resolved (twice: some are packed twice), tags and the scraper's scripts removed, blanks joined."""
-    text = html.unescape(html.unescape(text)).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = no_half_characters(html.unescape(html.unescape(text)))
     return "" if JUNK.search(text) else " ".join(TAG.sub(" ", text).split())
 
 

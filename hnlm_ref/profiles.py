@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hnlm_ref.artifacts import Prep, Run, save_jsonl
+from hnlm_ref.artifacts import Prep, Run, no_half_characters, save_jsonl
 from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import knob
 from hnlm_ref.prompts import PROFILE_KEY, Reply, item_profile_prompt, parse_reply, user_profile_prompt
@@ -138,8 +138,7 @@ def ask(
         for number, raw in progress(answer(missing) if missing else (), total=len(missing), desc=path.stem):
             title = titles[number] if titles else None
             reply = Reply("failed", None, "") if raw is None else parse_reply(raw, key, title)
-            texts = vars(reply).items()  # half a character, as JSON may hold, is replaced
-            said = {name: t and t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for name, t in texts}
+            said = {name: text and no_half_characters(text) for name, text in vars(reply).items()}
             replies[number] = Reply(**said)
             file.write(json.dumps({"number": number, **said}, ensure_ascii=False) + "\n")
             file.flush()

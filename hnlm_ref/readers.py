@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
+from hnlm_ref.artifacts import no_half_characters
 from hnlm_ref.console import UserError
 from hnlm_ref.knobs import unknown
 
@@ -254,9 +255,8 @@ def _record(line: str) -> dict | None:
         with unreadable, warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
             record = parse(line)
-            if re.search(r"\\u[dD]", line):  # pairs that make one character; a lone half is no text
-                whole = json.dumps(record, ensure_ascii=False).encode("utf-16", "surrogatepass")
-                record = json.loads(whole.decode("utf-16", "replace"))
+            if re.search(r"\\u[dD]", line):
+                record = json.loads(no_half_characters(json.dumps(record, ensure_ascii=False)))
             return record if isinstance(record, dict) else None
     return None
 
