@@ -5,79 +5,37 @@ use rayon::prelude::*;
 use crate::csr::{CsrView, check_users};
 use crate::error::{Error, Result};
 use crate::random::{Stream, below};
-use crate::{simd, threads};
+use crate::simd::{self, Kernel, Steps};
+use crate::threads;
 
-/// Draws per parallel task; small enough to balance and to stay in the cache, large enough to
-/// forget the task's cost.
-const DRAWS_PER_TASK: usize = 1 << 14;
+/// Draws per parallel task: few enough to stay in the nearest cache, enough to forget the task's cost.
+const DRAWS_PER_TASK: usize = 1 << 12;
 
 /// Fills `out`, `n_negatives` per entry of `users`, uniformly with replacement from the items
 /// the user does not own.
 pub fn sample_uniform(csr: CsrView, users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32]) -> Result<()> {
-    draw_rows(&Uniform { n_items: csr.n_cols }, csr, users, n_negatives, seed, out)
+    Batch::uniform(csr, users, n_negatives, seed).draw(simd::kernel(), out)
 }
 
 /// The same with probability proportional to `weights` among the free items.
 pub fn sample_popularity(
     csr: CsrView, weights: &[f64], users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32],
 ) -> Result<()> {
-    draw_rows(&Popularity::new(weights)?, csr, users, n_negatives, seed, out)
+    Batch { law: Law::popularity(weights)?, csr, users, n_negatives, seed }.draw(simd::kernel(), out)
 }
 
 /// Where draws come from: a try chooses one of equally likely columns, a column and a coin an item.
-trait Law: Sync {
-    fn n_columns(&self) -> u32;
-    /// The item behind a column and a coin; -1 for column -1.
-    fn item(&self, column: i32, coin: u32) -> i32;
-    /// Users with up to so many items never need [`Law::draw_free`].
-    fn longest(&self) -> usize;
-    /// Draws straight from the free items of a user who owns so much that tries would be in vain;
-    /// false for any other user.
-    fn draw_free(&self, run: &Run, user: usize, owned: &Owned, out: &mut [i32]) -> Result<bool>;
+enum Law<'a> {
+    /// So many columns, each an item.
+    Uniform(usize),
+    /// Walker's alias table (built as by Vose 1991): column `c` stands for one item with probability
+    /// `keep / 2^32` and for another otherwise. One word makes a draw: its upper half chooses the
+    /// column, its lower half the item.
+    Popularity { weights: &'a [f64], total: f64, longest: usize, columns: Vec<(u32, [i32; 2])> },
 }
 
-struct Uniform {
-    n_items: usize,
-}
-
-impl Law for Uniform {
-    fn n_columns(&self) -> u32 {
-        self.n_items as u32
-    }
-
-    #[inline(always)]
-    fn item(&self, column: i32, _coin: u32) -> i32 {
-        column
-    }
-
-    fn longest(&self) -> usize {
-        self.n_items.saturating_sub(1) / 4
-    }
-
-    fn draw_free(&self, run: &Run, user: usize, owned: &Owned, out: &mut [i32]) -> Result<bool> {
-        let n_free = self.n_items - owned.items.len();
-        if n_free == 0 {
-            return Err(Error::NoFreeItem { user, seen: self.n_items, n_items: self.n_items });
-        }
-        let is_dense = owned.items.len() * 4 > self.n_items;
-        if is_dense {
-            run.draw_all(out, |word| below(word, n_free as u32).map(|rank| owned.free_item(rank)));
-        }
-        Ok(is_dense)
-    }
-}
-
-/// Walker's alias table (built as by Vose 1991): column `c` stands for one item with probability
-/// `keep / 2^32` and for another otherwise, and all columns are equally likely. One word makes a
-/// draw: its upper half chooses the column, its lower half the item.
-struct Popularity<'a> {
-    weights: &'a [f64],
-    total: f64,
-    columns: Vec<(u32, i32, i32)>,
-}
-
-impl<'a> Popularity<'a> {
-    fn new(weights: &'a [f64]) -> Result<Self> {
+impl<'a> Law<'a> {
+    fn popularity(weights: &'a [f64]) -> Result<Self> {
         if let Some(at) = weights.iter().position(|w| !w.is_finite() || *w < 0.0) {
             let found = format!("{} at item {at}", weights[at]);
             return Err(Error::Argument { name: "weights", found, expected: "finite and not negative" });
@@ -89,58 +47,83 @@ impl<'a> Popularity<'a> {
         }
         let unit = items.len() as f64 / total;
         let mut share: Vec<f64> = items.iter().map(|&item| weights[item as usize] * unit).collect();
-        let mut columns: Vec<(u32, i32, i32)> = items.iter().map(|&item| (u32::MAX, item, item)).collect();
+        let mut columns: Vec<(u32, [i32; 2])> = items.iter().map(|&item| (u32::MAX, [item, item])).collect();
         let (mut small, mut large): (Vec<usize>, Vec<usize>) = (0..items.len()).partition(|&c| share[c] < 1.0);
         while let (Some(&giver), Some(taker)) = (large.last(), small.pop()) {
-            columns[taker] = ((share[taker] * 4_294_967_296.0) as u32, items[taker], items[giver]);
+            columns[taker] = ((share[taker] * 4_294_967_296.0) as u32, [items[taker], items[giver]]);
             share[giver] -= 1.0 - share[taker];
             if share[giver] < 1.0 {
                 large.pop();
                 small.push(giver);
             }
         }
-        Ok(Self { weights, total, columns })
+        let heaviest = weights.iter().copied().fold(0.0, f64::max);
+        let longest = (0.5 * total / heaviest) as usize; // 0 without any weight
+        Ok(Self::Popularity { weights, total, longest, columns })
     }
-}
 
-impl Law for Popularity<'_> {
     fn n_columns(&self) -> u32 {
-        self.columns.len() as u32
+        match self {
+            Self::Uniform(n_items) => *n_items as u32,
+            Self::Popularity { columns, .. } => columns.len() as u32,
+        }
     }
 
+    /// The item behind a column and a coin; -1 for column -1.
     #[inline(always)]
     fn item(&self, column: i32, coin: u32) -> i32 {
-        let found = self.columns.get(column as u32 as usize);
-        found.map_or(-1, |&(keep, own, other)| if coin < keep { own } else { other })
+        let Self::Popularity { columns, .. } = self else { return column };
+        let found = columns.get(column as u32 as usize);
+        found.map_or(-1, |&(keep, items)| items[usize::from(coin >= keep)])
     }
 
+    /// Users with up to so many items never need [`Law::draw_free`].
     fn longest(&self) -> usize {
-        let heaviest = self.weights.iter().copied().fold(0.0, f64::max);
-        (0.5 * self.total / heaviest) as usize // 0 without any weight
+        match self {
+            Self::Uniform(n_items) => n_items.saturating_sub(1) / 4,
+            Self::Popularity { longest, .. } => *longest,
+        }
     }
 
-    /// By the cumulative weights of the free items, for users who own most of the mass: there the
-    /// table would be asked again and again.
-    fn draw_free(&self, run: &Run, user: usize, owned: &Owned, out: &mut [i32]) -> Result<bool> {
-        let weight = |item: i32| self.weights[item as usize];
-        if owned.items.iter().map(|&item| weight(item)).sum::<f64>() < 0.75 * self.total {
-            return Ok(false);
+    /// Draws straight from the free items of a user who owns so much that tries would be in vain;
+    /// false for any other user.
+    fn draw_free(&self, run: &Run, user: usize, owned: &[i32], out: &mut [i32]) -> Result<bool> {
+        match self {
+            Self::Uniform(n_items) => {
+                let n_free = n_items - owned.len();
+                if n_free == 0 {
+                    return Err(Error::NoFreeItem { user, seen: *n_items, n_items: *n_items });
+                }
+                let is_dense = owned.len() * 4 > *n_items;
+                if is_dense {
+                    run.draw_all(out, |word| below(word, n_free as u32).map(|rank| free_item(owned, rank)));
+                }
+                Ok(is_dense)
+            }
+            // By the cumulative weights of the free items, for users who own most of the mass: there
+            // the table would be asked again and again.
+            Self::Popularity { weights, total, .. } => {
+                let weight = |item: i32| weights[item as usize];
+                if owned.iter().map(|&item| weight(item)).sum::<f64>() < 0.75 * total {
+                    return Ok(false);
+                }
+                let is_free = |&item: &i32| weight(item) > 0.0 && owned.binary_search(&item).is_err();
+                let free: Vec<i32> = (0..weights.len() as i32).filter(is_free).collect();
+                let cumulative = free.iter().scan(0.0, |sum, &item| {
+                    *sum += weight(item);
+                    Some(*sum)
+                });
+                let cumulative: Vec<f64> = cumulative.collect();
+                let Some(mass) = cumulative.last() else {
+                    return Err(Error::NoFreeItem { user, seen: owned.len(), n_items: weights.len() });
+                };
+                run.draw_all(out, |word| {
+                    let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * mass;
+                    Some(free[cumulative.partition_point(|&sum| sum <= point).min(free.len() - 1)])
+                });
+                Ok(true)
+            }
         }
-        let is_free = |&item: &i32| weight(item) > 0.0 && owned.items.binary_search(&item).is_err();
-        let free: Vec<i32> = (0..self.weights.len() as i32).filter(is_free).collect();
-        let cumulative = free.iter().scan(0.0, |sum, &item| {
-            *sum += weight(item);
-            Some(*sum)
-        });
-        let cumulative: Vec<f64> = cumulative.collect();
-        let Some(mass) = cumulative.last() else {
-            return Err(Error::NoFreeItem { user, seen: owned.items.len(), n_items: self.weights.len() });
-        };
-        run.draw_all(out, |word| {
-            let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * mass;
-            Some(free[cumulative.partition_point(|&sum| sum <= point).min(free.len() - 1)])
-        });
-        Ok(true)
     }
 }
 
@@ -174,6 +157,7 @@ struct Run {
 
 impl Run {
     /// The first accepted word of draw `slot` of the run, from try `attempt` on.
+    #[inline(always)]
     fn draw(&self, slot: usize, attempt: u64, accept: impl Fn(u64) -> Option<i32>) -> i32 {
         let stream = Stream::new(self.seed, (self.first_row + slot / self.n_negatives) as u64);
         let mut words = (attempt..).map(|attempt| stream.word((slot % self.n_negatives) as u64, attempt));
@@ -183,151 +167,163 @@ impl Run {
     fn draw_all(&self, out: &mut [i32], accept: impl Fn(u64) -> Option<i32>) {
         out.iter_mut().enumerate().for_each(|(slot, item)| *item = self.draw(slot, 0, &accept));
     }
-
-    /// Tries again where the first try was a surplus word (-1) or an item that is `owned`. The slots
-    /// are gathered first, without a branch that nobody could foresee.
-    #[inline(always)]
-    fn replace(&self, out: &mut [i32], owned: impl Fn(i32) -> bool, again: impl Fn(u64) -> Option<i32>) {
-        let mut bad = [0u8; 64];
-        for (group, items) in out.chunks_mut(64).enumerate() {
-            let mut n_bad = 0;
-            for (at, &item) in items.iter().enumerate() {
-                bad[n_bad] = at as u8;
-                n_bad += usize::from((item < 0) | owned(item));
-            }
-            for &at in &bad[..n_bad] {
-                let slot = 64 * group + at as usize;
-                items[at as usize] = self.draw(slot, 1, |word| again(word).filter(|&item| !owned(item)));
-            }
-        }
-    }
 }
 
-/// Fills `out` by `law`, in three steps that each go over a whole task, so that the change from one
-/// user to the next costs nothing: first tries in vectors; a comparison of each with its user's
-/// items; then, one by one, what was found and the users whose items are too many to compare.
-fn draw_rows(
-    law: &impl Law, csr: CsrView, users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32],
-) -> Result<()> {
-    check_users(users, csr.n_rows())?;
-    if n_negatives == 0 {
-        return Ok(());
+/// The arguments of one call.
+pub struct Batch<'a> {
+    law: Law<'a>,
+    csr: CsrView<'a>,
+    users: &'a [i32],
+    n_negatives: usize,
+    seed: u64,
+}
+
+impl<'a> Batch<'a> {
+    pub fn uniform(csr: CsrView<'a>, users: &'a [i32], n_negatives: usize, seed: u64) -> Self {
+        Self { law: Law::Uniform(csr.n_cols), csr, users, n_negatives, seed }
     }
-    let (kernel, n_columns, longest) = (simd::kernel(), law.n_columns(), law.longest());
-    let rows_per_task = DRAWS_PER_TASK.div_ceil(n_negatives);
-    let again = |word| below(word, n_columns).map(|column| law.item(column as i32, word as u32));
-    let work = |(bits, coins, found): &mut Scratch, (task, (out, users)): (usize, (&mut [i32], &[i32]))| {
-        let first_row = task * rows_per_task;
+
+    pub fn draw(&self, kernel: &Kernel, out: &mut [i32]) -> Result<()> {
+        check_users(self.users, self.csr.n_rows())?;
+        if self.n_negatives == 0 {
+            return Ok(());
+        }
+        let rows_per_task = DRAWS_PER_TASK.div_ceil(self.n_negatives);
+        let n_draws = rows_per_task * self.n_negatives;
+        let scratch =
+            || Scratch { coins: vec![0; n_draws], bad: vec![0; n_draws + 16], marks: Marks::new(self.csr.n_cols) };
+        let tasks = out.par_chunks_mut(n_draws).enumerate();
+        threads::first_error(
+            tasks.map_init(scratch, |scratch, (task, out)| kernel.draw(self, task * rows_per_task, out, scratch)),
+        )
+    }
+
+    /// Fills the rows from `first_row` on: first tries of all of them, then user by user the tries
+    /// again, where the first was a surplus word or is owned. Whether it is owned the marks say; for a
+    /// user with few draws marking would cost more than looking each of them up among the items.
+    #[inline(always)]
+    pub fn draw_rows(&self, first_row: usize, out: &mut [i32], scratch: &mut Scratch, steps: impl Steps) -> Result<()> {
+        let (law, csr, n_negatives, seed) = (&self.law, self.csr, self.n_negatives, self.seed);
+        let users = &self.users[first_row..first_row + out.len() / n_negatives];
+        let (n_columns, longest) = (law.n_columns(), law.longest());
+        let Scratch { coins, bad, marks } = scratch;
         if n_columns == 0 {
             let user = users[0] as usize; // no item has a weight
             return Err(Error::NoFreeItem { user, seen: csr.row(user)?.len(), n_items: csr.n_cols });
         }
-        kernel.tries(seed, first_row as u64, n_negatives, n_columns, out, &mut coins[..out.len()]);
-        out.iter_mut().zip(&*coins).for_each(|(slot, &coin)| *slot = law.item(*slot, coin));
-        kernel.screen(csr, users, longest, out, found);
-        for &slot in &found.slots {
-            let row = slot / n_negatives;
-            let owned = csr.row(users[row] as usize)?;
-            let run = Run { seed, first_row: first_row + row, n_negatives };
-            let is_owned = |item: i32| owned.binary_search(&item).is_ok();
-            if out[slot] < 0 || is_owned(out[slot]) {
-                out[slot] = run.draw(slot % n_negatives, 1, |word| again(word).filter(|&item| !is_owned(item)));
-            }
-        }
-        for &row in &found.rows {
+        let coins = if let Law::Uniform(_) = law { &mut [] } else { &mut coins[..out.len()] };
+        steps.first_tries(seed, first_row as u64, n_negatives, n_columns, out, coins);
+        out.iter_mut().zip(coins).for_each(|(slot, coin)| *slot = law.item(*slot, *coin));
+        let again = |word| below(word, n_columns).map(|column| law.item(column as i32, word as u32));
+        let mut row = 0;
+        while row < users.len() {
             csr.prefetch(users, row);
+            let n_rows = users[row..].iter().take_while(|&&user| user == users[row]).count();
             let user = users[row] as usize;
-            let n_rows = users[row..].iter().take_while(|other| **other as usize == user).count();
             let out = &mut out[row * n_negatives..(row + n_rows) * n_negatives];
             let run = Run { seed, first_row: first_row + row, n_negatives };
-            let mut owned = Owned { items: csr.row(user)?, bits };
-            if !law.draw_free(&run, user, &owned, out)? {
-                if 4 * out.len() > owned.items.len() {
-                    owned.mark();
-                    run.replace(out, |item| owned.has(item), again);
-                    owned.unmark();
+            row += n_rows;
+            let window = csr.window(user, &steps);
+            let owned = match window {
+                Some((window, len)) => &window[..len],
+                None => csr.row(user)?,
+            };
+            if owned.len() > longest && law.draw_free(&run, user, owned, out)? {
+                continue;
+            }
+            let is_among = |item: i32| owned.binary_search(&item).is_ok();
+            let are_marked = out.len() > 2 && 4 * out.len() >= owned.len();
+            let mut n_bad = 0;
+            if are_marked {
+                marks.mark(owned);
+                n_bad = steps.bad_places(out, marks, bad);
+            } else {
+                for (slot, &item) in out.iter().enumerate() {
+                    bad[n_bad] = slot as u32;
+                    n_bad += usize::from(match window {
+                        // All 32, also the items of the next users: a loop of one length.
+                        Some((window, _)) => window.iter().fold(item < 0, |hit, &owned| hit | (owned == item)),
+                        None => item < 0 || is_among(item),
+                    });
+                }
+            }
+            let is_owned = |item: i32| {
+                if are_marked && (marks.are_exact || !marks.may_have(item)) {
+                    marks.may_have(item)
                 } else {
-                    run.replace(out, |item| owned.items.binary_search(&item).is_ok(), again);
+                    is_among(item)
+                }
+            };
+            for slot in bad[..n_bad].iter().map(|&slot| slot as usize) {
+                if out[slot] < 0 || is_owned(out[slot]) {
+                    out[slot] = run.draw(slot, 1, |word| again(word).filter(|&item| !is_owned(item)));
                 }
             }
         }
         Ok(())
-    };
-    let scratch = || (vec![0; csr.n_cols.div_ceil(64)], vec![0; rows_per_task * n_negatives], Found::default());
-    let tasks = out.par_chunks_mut(rows_per_task * n_negatives).zip(users.par_chunks(rows_per_task)).enumerate();
-    threads::first_error(tasks.map_init(scratch, work))
-}
-
-/// What a thread needs from task to task: a bitset over the catalogue, room for coins and findings.
-type Scratch = (Vec<u64>, Vec<u32>, Found);
-
-/// What [`screen`] has found in a task.
-#[derive(Default)]
-pub struct Found {
-    slots: Vec<usize>,
-    rows: Vec<usize>,
-}
-
-/// Compares every draw with a window of [`WINDOW`] items that begins with those of its user. Slots
-/// with a surplus word or an item of the window, which may belong to the next users, go to
-/// `found.slots`; the first rows of users with more items, or with items out of order, to
-/// `found.rows`.
-#[inline(always)]
-pub fn screen(csr: CsrView, users: &[i32], longest: usize, out: &[i32], found: &mut Found) {
-    found.slots.clear();
-    found.rows.clear();
-    let (n_negatives, mut window) = (out.len() / users.len(), None);
-    for (row, (&user, items)) in users.iter().zip(out.chunks_exact(n_negatives)).enumerate() {
-        if row == 0 || user != users[row - 1] {
-            csr.prefetch(users, row);
-            window = csr.window(user as usize, longest);
-            if window.is_none() {
-                found.rows.push(row);
-            }
-        }
-        let Some(window) = window else { continue };
-        for (at, &item) in items.iter().enumerate() {
-            if window.iter().fold(item < 0, |hit, &owned| hit | (owned == item)) {
-                found.slots.push(row * n_negatives + at);
-            }
-        }
     }
 }
 
-/// A user's items, as the sorted row and, once marked, as a bitset over the catalogue.
-struct Owned<'a> {
-    items: &'a [i32],
-    bits: &'a mut [u64],
+/// What a thread needs from task to task.
+pub struct Scratch {
+    coins: Vec<u32>,
+    bad: Vec<u32>,
+    marks: Marks,
 }
 
-impl Owned<'_> {
-    fn mark(&mut self) {
-        self.items.iter().for_each(|&item| self.bits[item as usize / 64] |= 1 << (item % 64));
+/// Room for marks: 32 KiB, to stay in the nearest cache beside the draws.
+pub const MARKS: usize = 1 << 15;
+
+/// The items of one user, each with the user's stamp at its number modulo [`MARKS`]: other users' stamps
+/// need not be taken away, and nothing is read before it is written. In a larger catalogue several
+/// items share a place, and a marked one has to be looked for among the user's items.
+pub struct Marks {
+    /// 3 more, so that 4 bytes can be read at each place.
+    pub stamps: Box<[u8; MARKS + 3]>,
+    pub stamp: u8,
+    are_exact: bool,
+}
+
+impl Marks {
+    fn new(n_items: usize) -> Self {
+        Self { stamps: Box::new([0; MARKS + 3]), stamp: 0, are_exact: n_items <= MARKS }
     }
 
-    fn unmark(&mut self) {
-        self.items.iter().for_each(|&item| self.bits[item as usize / 64] = 0);
+    /// Marks `owned`, and nothing else. Eight at a time, the last one again and again at the end: so
+    /// the number of rounds is mostly that of the user before.
+    #[inline(always)]
+    fn mark(&mut self, owned: &[i32]) {
+        self.stamp = self.stamp.wrapping_add(1);
+        if self.stamp == 0 {
+            self.stamps.fill(0);
+            self.stamp = 1;
+        }
+        for first in (0..owned.len()).step_by(8) {
+            for at in first..first + 8 {
+                self.stamps[owned[at.min(owned.len() - 1)] as usize % MARKS] = self.stamp;
+            }
+        }
     }
 
     #[inline(always)]
-    fn has(&self, item: i32) -> bool {
-        self.bits.get(item as u32 as usize / 64).unwrap_or(&0) >> (item & 63) & 1 == 1
+    pub fn may_have(&self, item: i32) -> bool {
+        self.stamps[item as usize % MARKS] == self.stamp
     }
+}
 
-    /// The free item that has `rank` free items before it. `items[j] - j` free items stand before
-    /// `items[j]`, a number that never falls, so a binary search counts the owned ones in front.
-    fn free_item(&self, rank: u32) -> i32 {
-        let (mut low, mut high) = (0, self.items.len());
-        while low < high {
-            let middle = low.midpoint(high);
-            if self.items[middle] as usize - middle <= rank as usize {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
+/// The free item that has `rank` free items before it. `owned[j] - j` free items stand before
+/// `owned[j]`, a number that never falls, so a binary search counts the owned ones in front.
+fn free_item(owned: &[i32], rank: u32) -> i32 {
+    let (mut low, mut high) = (0, owned.len());
+    while low < high {
+        let middle = low.midpoint(high);
+        if owned[middle] as usize - middle <= rank as usize {
+            low = middle + 1;
+        } else {
+            high = middle;
         }
-        rank as i32 + low as i32
     }
+    rank as i32 + low as i32
 }
 
 #[cfg(test)]

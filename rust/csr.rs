@@ -2,10 +2,7 @@
 //! a thousand users pays for a thousand rows and not for the whole log.
 
 use crate::error::{Error, Result};
-use crate::simd;
-
-/// Items that are compared with a draw at once: two vectors of the widest kind.
-pub const WINDOW: usize = 32;
+use crate::simd::{self, Steps};
 
 #[derive(Clone, Copy)]
 pub struct CsrView<'a> {
@@ -93,20 +90,20 @@ impl<'a> CsrView<'a> {
         Ok(items)
     }
 
-    /// A window of `indices` that begins with the items of a row of at most `longest` items, checked
-    /// as [`CsrView::row`] does but without a loop over the items; what follows them belongs to the
-    /// next rows. `None` for a longer row, one near the end of the array, and one that is wrong.
+    /// The 32 numbers from the beginning of a row of at most 32 items on, and how many of them the row
+    /// has, checked as [`CsrView::row`] does but without a loop over the items, whose end no predictor
+    /// foresees. `None` for a longer row, one near the end of the array, and one that is wrong.
     #[inline(always)]
-    pub fn window(&self, row: usize, longest: usize) -> Option<&'a [i32; WINDOW]> {
+    pub fn window(&self, row: usize, steps: &impl Steps) -> Option<(&'a [i32; 32], usize)> {
         let (start, end) = (self.indptr[row], self.indptr[row + 1]);
         let len = end.wrapping_sub(start) as usize;
-        let window = self.indices.get(start as usize..)?.first_chunk::<{ WINDOW + 1 }>()?;
-        if len > longest.min(WINDOW) {
+        let window = self.indices.get(start as usize..)?.first_chunk::<33>()?;
+        if len > 32 {
             return None;
         }
         let is_inside = len == 0 || (window[0] >= 0 && (window[len - 1] as usize) < self.n_cols);
-        let rises = simd::rising(window) | u32::MAX.checked_shl(len.max(1) as u32 - 1)? == u32::MAX;
-        if rises && is_inside { window.first_chunk() } else { None }
+        let rises = steps.rising(window) | u32::MAX.checked_shl(len.max(1) as u32 - 1)? == u32::MAX;
+        if rises && is_inside { Some((window.first_chunk()?, len)) } else { None }
     }
 
     /// Asks for the rows of the users a few places after `at`, which lie anywhere in memory: the

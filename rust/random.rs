@@ -6,14 +6,21 @@
 //! and several at a time in one vector.
 
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
-/// Another odd constant keeps the rows' sequences apart (the second SplitMix64 multiplier).
-const ROW: u64 = 0x94D0_49BB_1331_11EB;
+pub const MULTIPLIERS: [u64; 2] = [0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB];
+/// Another odd constant keeps the rows' sequences apart.
+const ROW: u64 = MULTIPLIERS[1];
 
 #[inline(always)]
 fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z = (z ^ (z >> 30)).wrapping_mul(MULTIPLIERS[0]);
+    z = (z ^ (z >> 27)).wrapping_mul(MULTIPLIERS[1]);
     z ^ (z >> 31)
+}
+
+/// What the generator's counter gains by some rows and draws.
+#[inline(always)]
+pub fn distance(rows: u64, draws: u64) -> u64 {
+    rows.wrapping_mul(ROW).wrapping_add(draws.wrapping_mul(GOLDEN))
 }
 
 /// The random words of one output row.
@@ -23,13 +30,19 @@ pub struct Stream(u64);
 impl Stream {
     #[inline(always)]
     pub fn new(seed: u64, row: u64) -> Self {
-        Self(mix(seed.wrapping_add(GOLDEN)).wrapping_add(row.wrapping_mul(ROW)))
+        Self(mix(seed.wrapping_add(GOLDEN)).wrapping_add(distance(row, 0)))
     }
 
     /// Word for try `attempt` of draw `draw`.
     #[inline(always)]
     pub fn word(self, draw: u64, attempt: u64) -> u64 {
-        mix(self.0.wrapping_add((draw + 1 + (attempt << 32)).wrapping_mul(GOLDEN)))
+        mix(self.counter(draw, attempt))
+    }
+
+    /// What [`Stream::word`] is made from.
+    #[inline(always)]
+    pub fn counter(self, draw: u64, attempt: u64) -> u64 {
+        self.0.wrapping_add(distance(0, draw + 1 + (attempt << 32)))
     }
 }
 
@@ -43,9 +56,8 @@ pub fn below(word: u64, bound: u32) -> Option<u32> {
 }
 
 /// First tries of whole rows at once: `numbers[r * n + j]` becomes the number below `bound` of draw
-/// `j` of row `first_row + r`, or -1 for a surplus word; `coins` gets the words' lower halves.
-///
-/// Inlined into the kernels of [`crate::simd`], where the compiler makes it eight words a step.
+/// `j` of row `first_row + r`, or -1 for a surplus word; `coins`, unless empty, gets the words' lower
+/// halves. Inlined into the kernels of [`crate::simd`], whose vectors the compiler uses.
 #[inline(always)]
 pub fn first_tries(seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
     let surplus = bound.wrapping_neg() % bound;
@@ -54,9 +66,9 @@ pub fn first_tries(seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mu
         let product = (word >> 32) * bound as u64;
         (if product as u32 >= surplus { (product >> 32) as i32 } else { -1 }, word as u32)
     };
-    if n == 1 {
-        for (row, (slot, coin)) in numbers.iter_mut().zip(coins).enumerate() {
-            (*slot, *coin) = number(row, 0);
+    if coins.is_empty() {
+        for (row, numbers) in numbers.chunks_exact_mut(n).enumerate() {
+            numbers.iter_mut().enumerate().for_each(|(draw, slot)| *slot = number(row, draw).0);
         }
         return;
     }

@@ -7,9 +7,9 @@
 use std::array::from_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::candidates::{self, Found};
-use crate::csr::CsrView;
-use crate::random;
+use crate::candidates::{Batch, MARKS, Marks, Scratch};
+use crate::error::Result;
+use crate::random::{self, Stream};
 
 /// One vector register of `f32`, as the tile needs it.
 ///
@@ -130,9 +130,8 @@ lanes!(Neon, float32x4_t, 4, vdupq_n_f32, vld1q_f32, vst1q_f32, |a, b, c| vfmaq_
 /// Arguments of a tile: numbers per vector, queries, panel, thresholds, scores, hits.
 type Tile = unsafe fn(usize, *const f32, *const f32, &[f32], &mut [f32], &mut [u64]) -> bool;
 
-/// Arguments as of [`random::first_tries`] and [`candidates::screen`].
-type Tries = unsafe fn(u64, u64, usize, u32, &mut [i32], &mut [u32]);
-type Screen = unsafe fn(CsrView, &[i32], usize, &[i32], &mut Found);
+/// Arguments as of [`Batch::draw_rows`].
+type Draw = unsafe fn(&Batch, usize, &mut [i32], &mut Scratch) -> Result<()>;
 
 /// One way of computing a tile of `rows` queries by `cols` items, and of making random numbers.
 pub struct Kernel {
@@ -140,8 +139,7 @@ pub struct Kernel {
     pub rows: usize,
     pub cols: usize,
     tile: Tile,
-    tries: Tries,
-    screen: Screen,
+    draw: Draw,
     dots: unsafe fn(&[f32], [&[f32]; DOTS]) -> [f32; DOTS],
     available: fn() -> bool,
 }
@@ -192,16 +190,153 @@ fn dots(query: &[f32], items: [&[f32]; DOTS], step: impl Fn(f32, f32, f32) -> f3
     sums
 }
 
+/// What drawing negatives is made of, each written so that the compiler makes vectors of it where it
+/// can. (A value of a kernel's type exists only inside that kernel: the processor has its vectors.)
+pub trait Steps {
+    /// See [`random::first_tries`].
+    #[inline(always)]
+    fn first_tries(&self, seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
+        random::first_tries(seed, row, n, bound, numbers, coins)
+    }
+
+    /// Writes the places of draws that are negative or may be marked to the front of `bad`, which is
+    /// 16 longer than `draws`, and counts them: no branch that nobody could foresee.
+    #[inline(always)]
+    fn bad_places(&self, draws: &[i32], marks: &Marks, bad: &mut [u32]) -> usize {
+        let mut n_bad = 0;
+        for (at, &item) in draws.iter().enumerate() {
+            bad[n_bad] = at as u32;
+            n_bad += usize::from((item < 0) | marks.may_have(item));
+        }
+        n_bad
+    }
+
+    /// Bit `at` says whether `items[at]` is less than the next. (Four at a time: every x86-64
+    /// processor can, and the compiler does not find it.)
+    #[inline(always)]
+    fn rising(&self, items: &[i32; 33]) -> u32 {
+        let mut bits = 0;
+        #[cfg(target_arch = "x86_64")]
+        for at in (0..32).step_by(4) {
+            // SAFETY: 4 numbers from `at` and from `at + 1` on lie inside the 33.
+            let four = unsafe {
+                let this = items.as_ptr().add(at);
+                let less = _mm_cmplt_epi32(_mm_loadu_si128(this.cast()), _mm_loadu_si128(this.add(1).cast()));
+                _mm_movemask_ps(_mm_castsi128_ps(less)) as u32
+            };
+            bits |= four << at;
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        for at in 0..32 {
+            bits |= u32::from(items[at] < items[at + 1]) << at;
+        }
+        bits
+    }
+}
+
+impl Steps for Plain {}
+#[cfg(target_arch = "x86_64")]
+impl Steps for Avx2 {}
+#[cfg(target_arch = "aarch64")]
+impl Steps for Neon {}
+
+/// Sixteen draws at a time. The compiler's code takes half as long again for the first tries, and
+/// twice as long in all.
+#[cfg(target_arch = "x86_64")]
+impl Steps for Avx512 {
+    /// Of 16 neighbouring draws one vector holds the words of the even, one those of the odd ones, so
+    /// that two halves of words become one vector without a permutation. The counters of the next 16
+    /// are those of the last plus a constant, and another where a draw belongs to a row further on.
+    #[inline(always)]
+    fn first_tries(&self, seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
+        assert!(coins.is_empty() || coins.len() == numbers.len());
+        let n = n as u64;
+        let slots: [[u64; 8]; 2] = from_fn(|odd| from_fn(|at| (2 * at + odd) as u64));
+        let start = slots.map(|slots| slots.map(|slot| Stream::new(seed, row + slot / n).counter(slot % n, 0)));
+        let in_row = slots.map(|slots| slots.map(|slot| slot % n));
+        // SAFETY: the processor has AVX-512 (see above); loads are of 8 numbers in an array, stores
+        // are masked by `lanes` to the numbers that are left.
+        unsafe {
+            let load = |lanes: [u64; 8]| _mm512_loadu_epi64(lanes.as_ptr().cast());
+            let all = |value: u64| _mm512_set1_epi64(value as i64);
+            let (mut counters, mut draws) = (start.map(load), in_row.map(load));
+            let (step, next_row) = (all(random::distance(16 / n, 16 % n)), all(random::distance(1, n.wrapping_neg())));
+            let (rest, n) = (16 % n, all(n));
+            let (bound, surplus) = (all(bound as u64), _mm512_set1_epi32((bound.wrapping_neg() % bound) as i32));
+            let [first, second] = random::MULTIPLIERS.map(all);
+            for group in (0..numbers.len()).step_by(16) {
+                let lanes = u16::MAX >> (16 - (numbers.len() - group).min(16));
+                let [even, odd] = counters.map(|word| {
+                    let word = _mm512_mullo_epi64(_mm512_xor_si512(word, _mm512_srli_epi64::<30>(word)), first);
+                    let word = _mm512_mullo_epi64(_mm512_xor_si512(word, _mm512_srli_epi64::<27>(word)), second);
+                    _mm512_xor_si512(word, _mm512_srli_epi64::<31>(word))
+                });
+                // The shuffles copy upper halves down (F5) and lower halves up (A0).
+                let even_product = _mm512_mul_epu32(_mm512_srli_epi64::<32>(even), bound);
+                let odd_product = _mm512_mul_epu32(_mm512_srli_epi64::<32>(odd), bound);
+                let upper = _mm512_mask_shuffle_epi32::<0xF5>(odd_product, 0x5555, even_product);
+                let lower = _mm512_mask_shuffle_epi32::<0xA0>(even_product, 0xAAAA, odd_product);
+                let number = _mm512_mask_set1_epi32(upper, _mm512_cmplt_epu32_mask(lower, surplus), -1);
+                _mm512_mask_storeu_epi32(numbers.as_mut_ptr().add(group), lanes, number);
+                if !coins.is_empty() {
+                    let coin = _mm512_mask_shuffle_epi32::<0xA0>(even, 0xAAAA, odd);
+                    _mm512_mask_storeu_epi32(coins.as_mut_ptr().add(group).cast(), lanes, coin);
+                }
+                for (counter, draw) in counters.iter_mut().zip(&mut draws) {
+                    *counter = _mm512_add_epi64(*counter, step);
+                    if rest > 0 {
+                        *draw = _mm512_add_epi64(*draw, all(rest));
+                        let is_over = _mm512_cmpge_epu64_mask(*draw, n);
+                        *draw = _mm512_mask_sub_epi64(*draw, is_over, *draw, n);
+                        *counter = _mm512_mask_add_epi64(*counter, is_over, *counter, next_row);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One gather fetches the stamps, and the places of the bad ones are compressed to the left.
+    #[inline(always)]
+    fn bad_places(&self, draws: &[i32], marks: &Marks, bad: &mut [u32]) -> usize {
+        let mut n_bad = 0;
+        // SAFETY: the processor has AVX-512 (see above); loads are masked to the draws that are left, a
+        // place is less than `MARKS` and 4 bytes from there lie inside the stamps, and `to` has room.
+        unsafe {
+            let stamp = _mm512_set1_epi32(i32::from(marks.stamp));
+            let mut places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            for group in (0..draws.len()).step_by(16) {
+                let lanes = u16::MAX >> (16 - (draws.len() - group).min(16));
+                let items = _mm512_maskz_loadu_epi32(lanes, draws.as_ptr().add(group));
+                let at = _mm512_and_si512(items, _mm512_set1_epi32(MARKS as i32 - 1));
+                let found = _mm512_i32gather_epi32::<1>(at, marks.stamps.as_ptr().cast());
+                let found = _mm512_and_si512(found, _mm512_set1_epi32(255));
+                let hits = lanes & (_mm512_cmpeq_epi32_mask(found, stamp) | _mm512_movepi32_mask(items));
+                let to = &mut bad[n_bad..n_bad + 16];
+                _mm512_storeu_epi32(to.as_mut_ptr().cast(), _mm512_maskz_compress_epi32(hits, places));
+                n_bad += hits.count_ones() as usize;
+                places = _mm512_add_epi32(places, _mm512_set1_epi32(16));
+            }
+        }
+        n_bad
+    }
+
+    #[inline(always)]
+    fn rising(&self, items: &[i32; 33]) -> u32 {
+        // SAFETY: the processor has AVX-512 (see above); 16 numbers from 0, 1, 16 and 17 on lie inside the 33.
+        let less = |at| unsafe {
+            let this = items.as_ptr().add(at);
+            _mm512_cmplt_epi32_mask(_mm512_loadu_epi32(this), _mm512_loadu_epi32(this.add(1)))
+        };
+        u32::from(less(0)) | u32::from(less(16)) << 16
+    }
+}
+
 /// A kernel compiled with the processor's features switched on.
 macro_rules! kernel {
-    ($name:literal, $tile:ident, $tries:ident, $screen:ident, $dots:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
+    ($name:literal, $tile:ident, $draw:ident, $dots:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
         $(#[target_feature(enable = $feature)])?
-        unsafe fn $tries(seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
-            random::first_tries(seed, row, n, bound, numbers, coins)
-        }
-        $(#[target_feature(enable = $feature)])?
-        unsafe fn $screen(csr: CsrView, users: &[i32], longest: usize, out: &[i32], found: &mut Found) {
-            candidates::screen(csr, users, longest, out, found)
+        unsafe fn $draw(batch: &Batch, first_row: usize, out: &mut [i32], scratch: &mut Scratch) -> Result<()> {
+            batch.draw_rows(first_row, out, scratch, $lanes)
         }
         $(#[target_feature(enable = $feature)])?
         unsafe fn $dots(query: &[f32], items: [&[f32]; DOTS]) -> [f32; DOTS] {
@@ -211,7 +346,7 @@ macro_rules! kernel {
         unsafe fn $tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
             unsafe { tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
         }
-        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, tries: $tries, screen: $screen, dots: $dots, available: || $available }
+        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, draw: $draw, dots: $dots, available: || $available }
     }};
 }
 
@@ -234,12 +369,12 @@ fn has_avx512() -> bool {
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx512", tile_avx512, tries_avx512, screen_avx512, dots_avx512, Avx512, 14 x 2, has_avx512(), "avx512f,avx512dq,avx512bw,avx512vl"),
+    kernel!("avx512", tile_avx512, draw_avx512, dots_avx512, Avx512, 14 x 2, has_avx512(), "avx512f,avx512dq,avx512bw,avx512vl"),
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx2", tile_avx2, tries_avx2, screen_avx2, dots_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
+    kernel!("avx2", tile_avx2, draw_avx2, dots_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
     #[cfg(target_arch = "aarch64")]
-    kernel!("neon", tile_neon, tries_neon, screen_neon, dots_neon, Neon, 6 x 4, true, "neon"),
-    kernel!("plain", tile_plain, tries_plain, screen_plain, dots_plain, Plain, 4 x 2, true),
+    kernel!("neon", tile_neon, draw_neon, dots_neon, Neon, 6 x 4, true, "neon"),
+    kernel!("plain", tile_plain, draw_plain, dots_plain, Plain, 4 x 2, true),
 ];
 
 /// The kernel in use, as one more than its place in `KERNELS`; 0 before the first question.
@@ -278,28 +413,6 @@ pub fn prefetch<T>(slice: &[T], at: usize) {
     }
 }
 
-/// Bit `at` says whether `items[at]` is less than the next. (Four at a time: every x86-64
-/// processor can, and the compiler does not find it.)
-#[inline(always)]
-pub fn rising(items: &[i32; 33]) -> u32 {
-    let mut bits = 0;
-    #[cfg(target_arch = "x86_64")]
-    for at in (0..32).step_by(4) {
-        // SAFETY: 4 numbers from `at` and from `at + 1` on lie inside the 33.
-        let four = unsafe {
-            let this = items.as_ptr().add(at);
-            let less = _mm_cmplt_epi32(_mm_loadu_si128(this.cast()), _mm_loadu_si128(this.add(1).cast()));
-            _mm_movemask_ps(_mm_castsi128_ps(less)) as u32
-        };
-        bits |= four << at;
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    for at in 0..32 {
-        bits |= u32::from(items[at] < items[at + 1]) << at;
-    }
-    bits
-}
-
 impl Kernel {
     /// `scores[r][c] = queries[.][r] . panel[.][c]`, one multiply-add per dimension in order, and
     /// bit `c` of `hits[r]` says whether it is at least `thresholds[r]`; scores of a row without
@@ -315,16 +428,10 @@ impl Kernel {
         unsafe { (self.tile)(dim, queries.as_ptr(), panel.as_ptr(), thresholds, scores, hits) }
     }
 
-    /// [`random::first_tries`] in this kernel's vectors.
-    pub fn tries(&self, seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
+    /// [`Batch::draw_rows`] in this kernel's vectors.
+    pub fn draw(&self, batch: &Batch, first_row: usize, out: &mut [i32], scratch: &mut Scratch) -> Result<()> {
         // SAFETY: only kernels that the processor has are ever handed out.
-        unsafe { (self.tries)(seed, row, n, bound, numbers, coins) }
-    }
-
-    /// [`candidates::screen`] in this kernel's vectors.
-    pub fn screen(&self, csr: CsrView, users: &[i32], longest: usize, out: &[i32], found: &mut Found) {
-        // SAFETY: only kernels that the processor has are ever handed out.
-        unsafe { (self.screen)(csr, users, longest, out, found) }
+        unsafe { (self.draw)(batch, first_row, out, scratch) }
     }
 
     /// Scores as `tile` computes them.
@@ -337,7 +444,8 @@ impl Kernel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::{Stream, below};
+    use crate::csr::CsrView;
+    use crate::random::below;
 
     /// Numbers between -1 and 1 with many digits.
     fn numbers(n: usize, seed: u64) -> Vec<f32> {
@@ -372,14 +480,21 @@ mod tests {
     }
 
     #[test]
-    fn first_tries_are_the_words_of_the_stream() {
-        for (kernel, n) in ours().flat_map(|kernel| [1, 2, 17].map(|n| (kernel, n))) {
-            let (mut found, mut coins) = (vec![0; 37 * n], vec![0; 37 * n]);
-            kernel.tries(7, 100, n, 3_000_000_000, &mut found, &mut coins);
-            for at in 0..37 * n {
-                let word = Stream::new(7, 100 + (at / n) as u64).word((at % n) as u64, 0);
-                assert_eq!(found[at], below(word, 3_000_000_000).map_or(-1, |number| number as i32));
-                assert_eq!(coins[at], word as u32);
+    fn every_draw_is_the_first_word_of_its_stream_that_is_no_surplus_and_not_owned() {
+        // Nearly a third of the words are surplus for 1.5 billion items. Rows of 0, 3 and 40 items, and
+        // enough after them that the first two are compared in one window.
+        let items: Vec<i32> = [2, 3, 5].into_iter().chain(0..40).chain(0..60).collect();
+        for (kernel, n) in ours().flat_map(|kernel| [1, 2, 16, 17, 5000].map(|n| (kernel, n))) {
+            for (n_items, users) in [(1_500_000_000, [0; 5]), (300, [0, 1, 1, 2, 1])] {
+                let csr = CsrView::new(&[0, 0, 3, 43, 103], &items, n_items).unwrap();
+                let mut found = vec![0; 5 * n];
+                Batch::uniform(csr, &users, n, 7).draw(kernel, &mut found).unwrap();
+                for at in 0..5 * n {
+                    let owned = csr.row(users[at / n] as usize).unwrap();
+                    let mut words = (0..).map(|attempt| Stream::new(7, (at / n) as u64).word((at % n) as u64, attempt));
+                    let free = |word| below(word, n_items as u32).filter(|&item| !owned.contains(&(item as i32)));
+                    assert_eq!(found[at], words.find_map(free).unwrap() as i32, "{} {n} {at}", kernel.name);
+                }
             }
         }
     }
