@@ -66,16 +66,23 @@ pub fn first_tries(seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mu
         let product = (word >> 32) * bound as u64;
         (if product as u32 >= surplus { (product >> 32) as i32 } else { -1 }, word as u32)
     };
-    if coins.is_empty() {
-        for (row, numbers) in numbers.chunks_exact_mut(n).enumerate() {
-            numbers.iter_mut().enumerate().for_each(|(draw, slot)| *slot = number(row, draw).0);
-        }
-        return;
+    if n == 1 {
+        return fill(numbers, coins, |row| number(row, 0));
     }
-    for (row, (numbers, coins)) in numbers.chunks_exact_mut(n).zip(coins.chunks_exact_mut(n)).enumerate() {
-        for (draw, (slot, coin)) in numbers.iter_mut().zip(coins).enumerate() {
-            (*slot, *coin) = number(row, draw);
+    for (row, numbers) in numbers.chunks_exact_mut(n).enumerate() {
+        fill(numbers, coins.get_mut(row * n..(row + 1) * n).unwrap_or_default(), |draw| number(row, draw));
+    }
+}
+
+#[inline(always)]
+fn fill(numbers: &mut [i32], coins: &mut [u32], number: impl Fn(usize) -> (i32, u32)) {
+    if coins.is_empty() {
+        for (at, slot) in numbers.iter_mut().enumerate() {
+            *slot = number(at).0;
         }
+    }
+    for (at, (slot, coin)) in numbers.iter_mut().zip(coins).enumerate() {
+        (*slot, *coin) = number(at);
     }
 }
 
