@@ -107,14 +107,16 @@ impl<'a> CsrView<'a> {
     }
 
     /// Asks for the rows of the users a few places after `at`, which lie anywhere in memory: the
-    /// frame of one far ahead, and the items of a nearer one, whose frame has come by now.
+    /// frame of one far ahead, and two lines of items of a nearer one, whose frame has come by now.
     #[inline(always)]
     pub fn prefetch(&self, users: &[i32], at: usize) {
         if let Some(&user) = users.get(at + 16) {
             simd::prefetch(self.indptr, user as usize);
         }
         if let Some(&user) = users.get(at + 8) {
-            simd::prefetch(self.indices, self.indptr[user as usize] as usize);
+            let start = self.indptr[user as usize] as usize;
+            simd::prefetch(self.indices, start);
+            simd::prefetch(self.indices, start.wrapping_add(16));
         }
     }
 }
