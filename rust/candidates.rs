@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::csr::{CsrView, check_users};
+use crate::csr::{CsrView, check_users, refuse};
 use crate::error::{Error, Result};
 use crate::random::{Stream, below};
 use crate::simd::{self, Kernel, Steps};
@@ -133,10 +133,7 @@ pub fn filter_candidates(
     csr: CsrView, users: &[i32], candidates: &[i32], out: &mut [i32], kept: &mut [i32],
 ) -> Result<()> {
     check_users(users, csr.n_rows())?;
-    if let Some(position) = candidates.iter().position(|&item| item < -1) {
-        let found = candidates[position] as i64;
-        return Err(Error::Index { name: "candidates", position, found, bound: i32::MAX as usize });
-    }
+    refuse("candidates", candidates, i32::MAX as usize, |item| item < -1)?;
     let width = candidates.len() / users.len().max(1);
     out.fill(-1);
     for (row, &user) in users.iter().enumerate() {

@@ -123,13 +123,15 @@ impl<'a> CsrView<'a> {
 
 /// The user numbers of a batch as row numbers.
 pub fn check_users(users: &[i32], n_rows: usize) -> Result<()> {
-    // Without a way out on the first fault the numbers are compared in vectors.
-    let largest = users.iter().fold(0, |largest, &user| largest.max(user as u32));
-    if users.is_empty() || (largest as usize) < n_rows {
+    refuse("users", users, n_rows, |user| user < 0 || user as usize >= n_rows)
+}
+
+/// The error of a number outside `0..bound`, if there is a wrong one.
+pub fn refuse(name: &'static str, numbers: &[i32], bound: usize, is_wrong: impl Fn(i32) -> bool) -> Result<()> {
+    // Without a way out on the first fault the comparison is made in vectors.
+    if !numbers.iter().fold(false, |wrong, &number| wrong | is_wrong(number)) {
         return Ok(());
     }
-    match users.iter().position(|&user| user < 0 || user as usize >= n_rows) {
-        None => Ok(()),
-        Some(position) => Err(Error::Index { name: "users", position, found: users[position] as i64, bound: n_rows }),
-    }
+    let position = numbers.iter().position(|&number| is_wrong(number)).unwrap_or(0);
+    Err(Error::Index { name, position, found: numbers[position] as i64, bound })
 }

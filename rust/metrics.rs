@@ -1,7 +1,7 @@
 //! Per-user metrics from the ranks of the held-out items. The conventions stand in
 //! `hnlm_ref/metrics.py`.
 
-use crate::csr::CsrView;
+use crate::csr::{CsrView, refuse};
 use crate::error::{Error, Result};
 
 /// Recall, NDCG, precision, hit, reciprocal rank, average precision: the order of the output.
@@ -30,10 +30,7 @@ pub fn user_metrics(ranks: &[i32], spans: &[std::ops::Range<usize>], ks: &[i64],
     if let Some(position) = ks.iter().position(|&k| k < 1) {
         return Err(Error::Argument { name: "ks", found: ks[position].to_string(), expected: "1 or more" });
     }
-    if let Some(position) = ranks.iter().position(|&rank| rank < 0) {
-        let found = ranks[position] as i64;
-        return Err(Error::Index { name: "ranks", position, found, bound: i32::MAX as usize });
-    }
+    refuse("ranks", ranks, i32::MAX as usize, |rank| rank < 0)?;
     let (n_users, plane) = (spans.len(), ks.len() * spans.len());
     for (user, span) in spans.iter().enumerate() {
         let mut sorted: Vec<i32> = ranks[span.clone()].iter().copied().filter(|&rank| rank > 0).collect();
