@@ -77,52 +77,11 @@ impl<'a> Law<'a> {
         found.map_or(-1, |&(keep, items)| items[usize::from(coin >= keep)])
     }
 
-    /// Users with up to so many items never need [`Law::draw_free`].
+    /// Users with up to so many items never need [`Batch::draw_free`].
     fn longest(&self) -> usize {
         match self {
             Self::Uniform(n_items) => n_items.saturating_sub(1) / 4,
             Self::Popularity { longest, .. } => *longest,
-        }
-    }
-
-    /// Draws straight from the free items of a user who owns so much that tries would be in vain;
-    /// false for any other user.
-    fn draw_free(&self, run: &Run, user: usize, owned: &[i32], out: &mut [i32]) -> Result<bool> {
-        match self {
-            Self::Uniform(n_items) => {
-                let n_free = n_items - owned.len();
-                if n_free == 0 {
-                    return Err(Error::NoFreeItem { user, seen: *n_items, n_items: *n_items });
-                }
-                let is_dense = owned.len() * 4 > *n_items;
-                if is_dense {
-                    run.draw_all(out, |word| below(word, n_free as u32).map(|rank| free_item(owned, rank)));
-                }
-                Ok(is_dense)
-            }
-            // By the cumulative weights of the free items, for users who own most of the mass: there
-            // the table would be asked again and again.
-            Self::Popularity { weights, total, .. } => {
-                let weight = |item: i32| weights[item as usize];
-                if owned.iter().map(|&item| weight(item)).sum::<f64>() < 0.75 * total {
-                    return Ok(false);
-                }
-                let is_free = |&item: &i32| weight(item) > 0.0 && owned.binary_search(&item).is_err();
-                let free: Vec<i32> = (0..weights.len() as i32).filter(is_free).collect();
-                let cumulative = free.iter().scan(0.0, |sum, &item| {
-                    *sum += weight(item);
-                    Some(*sum)
-                });
-                let cumulative: Vec<f64> = cumulative.collect();
-                let Some(mass) = cumulative.last() else {
-                    return Err(Error::NoFreeItem { user, seen: owned.len(), n_items: weights.len() });
-                };
-                run.draw_all(out, |word| {
-                    let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * mass;
-                    Some(free[cumulative.partition_point(|&sum| sum <= point).min(free.len() - 1)])
-                });
-                Ok(true)
-            }
         }
     }
 }
@@ -143,27 +102,6 @@ pub fn filter_candidates(
         kept[row] = out[span].iter_mut().zip(free).map(|(slot, &item)| *slot = item).count() as i32;
     }
     Ok(())
-}
-
-/// Neighbouring output rows of one user: what is prepared for the user serves all of them.
-struct Run {
-    seed: u64,
-    first_row: usize,
-    n_negatives: usize,
-}
-
-impl Run {
-    /// The first accepted word of draw `slot` of the run, from try `attempt` on.
-    #[inline(always)]
-    fn draw(&self, slot: usize, attempt: u64, accept: impl Fn(u64) -> Option<i32>) -> i32 {
-        let stream = Stream::new(self.seed, (self.first_row + slot / self.n_negatives) as u64);
-        let mut words = (attempt..).map(|attempt| stream.word((slot % self.n_negatives) as u64, attempt));
-        words.find_map(accept).unwrap_or(-1)
-    }
-
-    fn draw_all(&self, out: &mut [i32], accept: impl Fn(u64) -> Option<i32>) {
-        out.iter_mut().enumerate().for_each(|(slot, item)| *item = self.draw(slot, 0, &accept));
-    }
 }
 
 /// The arguments of one call.
@@ -218,14 +156,14 @@ impl<'a> Batch<'a> {
             let n_rows = users[row..].iter().take_while(|&&user| user == users[row]).count();
             let user = users[row] as usize;
             let out = &mut out[row * n_negatives..(row + n_rows) * n_negatives];
-            let run = Run { seed, first_row: first_row + row, n_negatives };
+            let first_row = first_row + row;
             row += n_rows;
             let window = csr.window(user, &steps);
             let owned = match window {
                 Some((window, len)) => &window[..len],
                 None => csr.row(user)?,
             };
-            if owned.len() > longest && law.draw_free(&run, user, owned, out)? {
+            if owned.len() > longest && self.draw_free(first_row, owned, out)? {
                 continue;
             }
             let is_among = |item: i32| owned.binary_search(&item).is_ok();
@@ -244,20 +182,69 @@ impl<'a> Batch<'a> {
                     });
                 }
             }
-            let is_owned = |item: i32| {
-                if are_marked && (marks.are_exact || !marks.may_have(item)) {
-                    marks.may_have(item)
-                } else {
-                    is_among(item)
-                }
-            };
+            let is_owned =
+                |item: i32| (!are_marked || marks.may_have(item)) && (are_marked && marks.are_exact || is_among(item));
             for slot in bad[..n_bad].iter().map(|&slot| slot as usize) {
                 if out[slot] < 0 || is_owned(out[slot]) {
-                    out[slot] = run.draw(slot, 1, |word| again(word).filter(|&item| !is_owned(item)));
+                    out[slot] = self.draw_one(first_row, slot, 1, |word| again(word).filter(|&item| !is_owned(item)));
                 }
             }
         }
         Ok(())
+    }
+
+    /// The first accepted word of draw `slot` of the rows from `first_row` on, from try `attempt` on.
+    #[inline(always)]
+    fn draw_one(&self, first_row: usize, slot: usize, attempt: u64, accept: impl Fn(u64) -> Option<i32>) -> i32 {
+        let stream = Stream::new(self.seed, (first_row + slot / self.n_negatives) as u64);
+        let mut words = (attempt..).map(|attempt| stream.word((slot % self.n_negatives) as u64, attempt));
+        words.find_map(accept).unwrap_or(-1)
+    }
+
+    fn draw_all(&self, first_row: usize, out: &mut [i32], accept: impl Fn(u64) -> Option<i32>) {
+        out.iter_mut().enumerate().for_each(|(slot, item)| *item = self.draw_one(first_row, slot, 0, &accept));
+    }
+
+    /// Draws straight from the free items of a user who owns so much that tries would be in vain;
+    /// false for any other user.
+    fn draw_free(&self, first_row: usize, owned: &[i32], out: &mut [i32]) -> Result<bool> {
+        let user = self.users[first_row] as usize;
+        match &self.law {
+            Law::Uniform(n_items) => {
+                let n_free = n_items - owned.len();
+                if n_free == 0 {
+                    return Err(Error::NoFreeItem { user, seen: *n_items, n_items: *n_items });
+                }
+                let is_dense = owned.len() * 4 > *n_items;
+                if is_dense {
+                    self.draw_all(first_row, out, |word| below(word, n_free as u32).map(|rank| free_item(owned, rank)));
+                }
+                Ok(is_dense)
+            }
+            // By the cumulative weights of the free items, for users who own most of the mass: there
+            // the table would be asked again and again.
+            Law::Popularity { weights, total, .. } => {
+                let weight = |item: i32| weights[item as usize];
+                if owned.iter().map(|&item| weight(item)).sum::<f64>() < 0.75 * total {
+                    return Ok(false);
+                }
+                let is_free = |&item: &i32| weight(item) > 0.0 && owned.binary_search(&item).is_err();
+                let free: Vec<i32> = (0..weights.len() as i32).filter(is_free).collect();
+                let cumulative = free.iter().scan(0.0, |sum, &item| {
+                    *sum += weight(item);
+                    Some(*sum)
+                });
+                let cumulative: Vec<f64> = cumulative.collect();
+                let Some(mass) = cumulative.last() else {
+                    return Err(Error::NoFreeItem { user, seen: owned.len(), n_items: weights.len() });
+                };
+                self.draw_all(first_row, out, |word| {
+                    let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * mass;
+                    Some(free[cumulative.partition_point(|&sum| sum <= point).min(free.len() - 1)])
+                });
+                Ok(true)
+            }
+        }
     }
 }
 
@@ -327,39 +314,31 @@ fn free_item(owned: &[i32], rank: u32) -> i32 {
 mod tests {
     use super::*;
 
-    fn draws(indices: &[i32], n_items: usize, n: usize, weights: Option<&[f64]>) -> Result<Vec<i32>> {
-        let indptr = [0, indices.len() as i64];
-        let csr = CsrView::new(&indptr, indices, n_items)?;
-        let mut out = vec![-1; n];
+    /// How often each item is drawn for a user who owns `owned`.
+    fn expect_shares<const N: usize>(owned: &[i32], weights: Option<&[f64]>, expected: [f64; N]) {
+        let indptr = [0, owned.len() as i64];
+        let (csr, mut drawn) = (CsrView::new(&indptr, owned, N).unwrap(), [-1; 60_000]);
         match weights {
-            None => sample_uniform(csr, &[0], n, 7, &mut out)?,
-            Some(weights) => sample_popularity(csr, weights, &[0], n, 7, &mut out)?,
+            None => sample_uniform(csr, &[0], 60_000, 7, &mut drawn).unwrap(),
+            Some(weights) => sample_popularity(csr, weights, &[0], 60_000, 7, &mut drawn).unwrap(),
         }
-        Ok(out)
-    }
-
-    fn share(draws: &[i32], item: i32) -> f64 {
-        draws.iter().filter(|&&drawn| drawn == item).count() as f64 / draws.len() as f64
+        for (item, expected) in (0..).zip(expected) {
+            let share = drawn.iter().filter(|&&drawn| drawn == item).count() as f64 / 60_000.0;
+            assert!((share - expected).abs() < 0.01 && (share == 0.0 || expected > 0.0), "{item}: {share}");
+        }
     }
 
     #[test]
     fn free_items_are_equally_likely_in_sparse_and_in_dense_rows() {
-        for owned in [&[2][..], &[0, 2, 3]] {
-            let drawn = draws(owned, 6, 60_000, None).unwrap();
-            for item in 0..6 {
-                let expected = if owned.contains(&item) { 0.0 } else { 1.0 / (6 - owned.len()) as f64 };
-                assert!((share(&drawn, item) - expected).abs() < 0.01);
-            }
-        }
+        expect_shares(&[2], None, [0.2, 0.2, 0.0, 0.2, 0.2, 0.2]);
+        expect_shares(&[0, 2, 3], None, [0.0, 1.0 / 3.0, 0.0, 0.0, 1.0 / 3.0, 1.0 / 3.0]);
     }
 
     #[test]
     fn popularity_is_followed_among_the_free_items() {
         // Weights 8:1:1 (case B06), then without item 0, whose mass of 0.8 asks for `draw_free`.
-        let drawn = draws(&[], 3, 60_000, Some(&[8.0, 1.0, 1.0])).unwrap();
-        assert!((share(&drawn, 0) - 0.8).abs() < 0.01 && (share(&drawn, 1) - 0.1).abs() < 0.01);
-        let drawn = draws(&[0], 3, 60_000, Some(&[8.0, 1.0, 1.0])).unwrap();
-        assert!(share(&drawn, 0) == 0.0 && (share(&drawn, 1) - 0.5).abs() < 0.01);
-        assert_eq!(share(&draws(&[], 3, 1000, Some(&[1.0, 0.0, 1.0])).unwrap(), 1), 0.0);
+        expect_shares(&[], Some(&[8.0, 1.0, 1.0]), [0.8, 0.1, 0.1]);
+        expect_shares(&[0], Some(&[8.0, 1.0, 1.0]), [0.0, 0.5, 0.5]);
+        expect_shares(&[], Some(&[1.0, 0.0, 1.0]), [0.5, 0.0, 0.5]);
     }
 }
