@@ -333,20 +333,20 @@ impl Steps for Avx512 {
 
 /// A kernel compiled with the processor's features switched on.
 macro_rules! kernel {
-    ($name:literal, $tile:ident, $draw:ident, $dots:ident, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
+    ($name:literal, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
         $(#[target_feature(enable = $feature)])?
-        unsafe fn $draw(batch: &Batch, first_row: usize, out: &mut [i32], scratch: &mut Scratch) -> Result<()> {
+        unsafe fn draw(batch: &Batch, first_row: usize, out: &mut [i32], scratch: &mut Scratch) -> Result<()> {
             batch.draw_rows(first_row, out, scratch, $lanes)
         }
         $(#[target_feature(enable = $feature)])?
-        unsafe fn $dots(query: &[f32], items: [&[f32]; DOTS]) -> [f32; DOTS] {
-            dots(query, items, $lanes::step)
+        unsafe fn dots(query: &[f32], items: [&[f32]; DOTS]) -> [f32; DOTS] {
+            self::dots(query, items, $lanes::step)
         }
         $(#[target_feature(enable = $feature)])?
-        unsafe fn $tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
-            unsafe { tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
+        unsafe fn tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
+            unsafe { self::tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
         }
-        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile: $tile, draw: $draw, dots: $dots, available: || $available }
+        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile, draw, dots, available: || $available }
     }};
 }
 
@@ -369,12 +369,12 @@ fn has_avx512() -> bool {
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx512", tile_avx512, draw_avx512, dots_avx512, Avx512, 14 x 2, has_avx512(), "avx512f,avx512dq,avx512bw,avx512vl"),
+    kernel!("avx512", Avx512, 14 x 2, has_avx512(), "avx512f,avx512dq,avx512bw,avx512vl"),
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx2", tile_avx2, draw_avx2, dots_avx2, Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
+    kernel!("avx2", Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
     #[cfg(target_arch = "aarch64")]
-    kernel!("neon", tile_neon, draw_neon, dots_neon, Neon, 6 x 4, true, "neon"),
-    kernel!("plain", tile_plain, draw_plain, dots_plain, Plain, 4 x 2, true),
+    kernel!("neon", Neon, 6 x 4, true, "neon"),
+    kernel!("plain", Plain, 4 x 2, true),
 ];
 
 /// The kernel in use, as one more than its place in `KERNELS`; 0 before the first question.
