@@ -309,36 +309,3 @@ fn free_item(owned: &[i32], rank: u32) -> i32 {
     }
     rank as i32 + low as i32
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// How often each item is drawn for a user who owns `owned`.
-    fn expect_shares<const N: usize>(owned: &[i32], weights: Option<&[f64]>, expected: [f64; N]) {
-        let indptr = [0, owned.len() as i64];
-        let (csr, mut drawn) = (CsrView::new(&indptr, owned, N).unwrap(), [-1; 60_000]);
-        match weights {
-            None => sample_uniform(csr, &[0], 60_000, 7, &mut drawn).unwrap(),
-            Some(weights) => sample_popularity(csr, weights, &[0], 60_000, 7, &mut drawn).unwrap(),
-        }
-        for (item, expected) in (0..).zip(expected) {
-            let share = drawn.iter().filter(|&&drawn| drawn == item).count() as f64 / 60_000.0;
-            assert!((share - expected).abs() < 0.01 && (share == 0.0 || expected > 0.0), "{item}: {share}");
-        }
-    }
-
-    #[test]
-    fn free_items_are_equally_likely_in_sparse_and_in_dense_rows() {
-        expect_shares(&[2], None, [0.2, 0.2, 0.0, 0.2, 0.2, 0.2]);
-        expect_shares(&[0, 2, 3], None, [0.0, 1.0 / 3.0, 0.0, 0.0, 1.0 / 3.0, 1.0 / 3.0]);
-    }
-
-    #[test]
-    fn popularity_is_followed_among_the_free_items() {
-        // Weights 8:1:1 (case B06), then without item 0, whose mass of 0.8 asks for `draw_free`.
-        expect_shares(&[], Some(&[8.0, 1.0, 1.0]), [0.8, 0.1, 0.1]);
-        expect_shares(&[0], Some(&[8.0, 1.0, 1.0]), [0.0, 0.5, 0.5]);
-        expect_shares(&[], Some(&[1.0, 0.0, 1.0]), [0.5, 0.0, 0.5]);
-    }
-}
