@@ -25,13 +25,21 @@ pub fn sample_popularity(
 }
 
 /// Where draws come from: a try chooses one of equally likely columns, a column and a coin an item.
-enum Law<'a> {
-    /// So many columns, each an item.
-    Uniform(usize),
-    /// Walker's alias table (built as by Vose 1991): column `c` stands for one item with probability
-    /// `keep / 2^32` and for another otherwise. One word makes a draw: its upper half chooses the
-    /// column, its lower half the item.
-    Popularity { weights: &'a [f64], total: f64, longest: usize, columns: Vec<(u32, [i32; 2])> },
+struct Law<'a> {
+    n_columns: u32,
+    /// Users with up to so many items never need [`Batch::draw_free`].
+    longest: usize,
+    /// Without it, a column is an item.
+    popularity: Option<Popularity<'a>>,
+}
+
+/// Walker's alias table (built as by Vose 1991): column `c` stands for one item with probability
+/// `keep / 2^32` and for another otherwise. One word makes a draw: its upper half chooses the
+/// column, its lower half the item.
+struct Popularity<'a> {
+    weights: &'a [f64],
+    total: f64,
+    columns: Vec<(u32, [i32; 2])>,
 }
 
 impl<'a> Law<'a> {
@@ -59,30 +67,16 @@ impl<'a> Law<'a> {
         }
         let heaviest = weights.iter().copied().fold(0.0, f64::max);
         let longest = (0.5 * total / heaviest) as usize; // 0 without any weight
-        Ok(Self::Popularity { weights, total, longest, columns })
-    }
-
-    fn n_columns(&self) -> u32 {
-        match self {
-            Self::Uniform(n_items) => *n_items as u32,
-            Self::Popularity { columns, .. } => columns.len() as u32,
-        }
+        let n_columns = columns.len() as u32;
+        Ok(Self { n_columns, longest, popularity: Some(Popularity { weights, total, columns }) })
     }
 
     /// The item behind a column and a coin; -1 for column -1.
     #[inline(always)]
     fn item(&self, column: i32, coin: u32) -> i32 {
-        let Self::Popularity { columns, .. } = self else { return column };
-        let found = columns.get(column as u32 as usize);
+        let Some(popularity) = &self.popularity else { return column };
+        let found = popularity.columns.get(column as u32 as usize);
         found.map_or(-1, |&(keep, items)| items[usize::from(coin >= keep)])
-    }
-
-    /// Users with up to so many items never need [`Batch::draw_free`].
-    fn longest(&self) -> usize {
-        match self {
-            Self::Uniform(n_items) => n_items.saturating_sub(1) / 4,
-            Self::Popularity { longest, .. } => *longest,
-        }
     }
 }
 
@@ -115,7 +109,8 @@ pub struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     pub fn uniform(csr: CsrView<'a>, users: &'a [i32], n_negatives: usize, seed: u64) -> Self {
-        Self { law: Law::Uniform(csr.n_cols), csr, users, n_negatives, seed }
+        let law = Law { n_columns: csr.n_cols as u32, longest: csr.n_cols.saturating_sub(1) / 4, popularity: None };
+        Self { law, csr, users, n_negatives, seed }
     }
 
     pub fn draw(&self, kernel: &Kernel, out: &mut [i32]) -> Result<()> {
@@ -140,13 +135,13 @@ impl<'a> Batch<'a> {
     pub fn draw_rows(&self, first_row: usize, out: &mut [i32], scratch: &mut Scratch, steps: impl Steps) -> Result<()> {
         let (law, csr, n_negatives, seed) = (&self.law, self.csr, self.n_negatives, self.seed);
         let users = &self.users[first_row..first_row + out.len() / n_negatives];
-        let (n_columns, longest) = (law.n_columns(), law.longest());
+        let (n_columns, longest) = (law.n_columns, law.longest);
         let Scratch { coins, bad, marks } = scratch;
         if n_columns == 0 {
             let user = users[0] as usize; // no item has a weight
             return Err(Error::NoFreeItem { user, seen: csr.row(user)?.len(), n_items: csr.n_cols });
         }
-        let coins = if let Law::Uniform(_) = law { &mut [] } else { &mut coins[..out.len()] };
+        let coins = if law.popularity.is_some() { &mut coins[..out.len()] } else { &mut [] };
         steps.first_tries(seed, first_row as u64, n_negatives, n_columns, out, coins);
         out.iter_mut().zip(coins).for_each(|(slot, coin)| *slot = law.item(*slot, *coin));
         let again = |word| below(word, n_columns).map(|column| law.item(column as i32, word as u32));
@@ -209,42 +204,40 @@ impl<'a> Batch<'a> {
     /// false for any other user.
     fn draw_free(&self, first_row: usize, owned: &[i32], out: &mut [i32]) -> Result<bool> {
         let user = self.users[first_row] as usize;
-        match &self.law {
-            Law::Uniform(n_items) => {
-                let n_free = n_items - owned.len();
-                if n_free == 0 {
-                    return Err(Error::NoFreeItem { user, seen: *n_items, n_items: *n_items });
-                }
-                let is_dense = owned.len() * 4 > *n_items;
-                if is_dense {
-                    self.draw_all(first_row, out, |word| below(word, n_free as u32).map(|rank| free_item(owned, rank)));
-                }
-                Ok(is_dense)
+        let n_items = self.csr.n_cols;
+        let nothing_free = Error::NoFreeItem { user, seen: owned.len(), n_items };
+        let Some(Popularity { weights, total, .. }) = &self.law.popularity else {
+            let n_free = n_items - owned.len();
+            if n_free == 0 {
+                return Err(nothing_free);
             }
-            // By the cumulative weights of the free items, for users who own most of the mass: there
-            // the table would be asked again and again.
-            Law::Popularity { weights, total, .. } => {
-                let weight = |item: i32| weights[item as usize];
-                if owned.iter().map(|&item| weight(item)).sum::<f64>() < 0.75 * total {
-                    return Ok(false);
-                }
-                let is_free = |&item: &i32| weight(item) > 0.0 && owned.binary_search(&item).is_err();
-                let free: Vec<i32> = (0..weights.len() as i32).filter(is_free).collect();
-                let cumulative = free.iter().scan(0.0, |sum, &item| {
-                    *sum += weight(item);
-                    Some(*sum)
-                });
-                let cumulative: Vec<f64> = cumulative.collect();
-                let Some(mass) = cumulative.last() else {
-                    return Err(Error::NoFreeItem { user, seen: owned.len(), n_items: weights.len() });
-                };
-                self.draw_all(first_row, out, |word| {
-                    let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * mass;
-                    Some(free[cumulative.partition_point(|&sum| sum <= point).min(free.len() - 1)])
-                });
-                Ok(true)
+            let is_dense = owned.len() * 4 > n_items;
+            if is_dense {
+                self.draw_all(first_row, out, |word| below(word, n_free as u32).map(|rank| free_item(owned, rank)));
             }
+            return Ok(is_dense);
+        };
+        // By the cumulative weights of the free items, for users who own most of the mass: there the
+        // table would be asked again and again.
+        let weight = |item: i32| weights[item as usize];
+        if owned.iter().map(|&item| weight(item)).sum::<f64>() < 0.75 * total {
+            return Ok(false);
         }
+        let is_free = |&item: &i32| weight(item) > 0.0 && owned.binary_search(&item).is_err();
+        let free: Vec<i32> = (0..n_items as i32).filter(is_free).collect();
+        let cumulative = free.iter().scan(0.0, |sum, &item| {
+            *sum += weight(item);
+            Some(*sum)
+        });
+        let cumulative: Vec<f64> = cumulative.collect();
+        let Some(mass) = cumulative.last() else {
+            return Err(nothing_free);
+        };
+        self.draw_all(first_row, out, |word| {
+            let point = (word >> 11) as f64 / 9_007_199_254_740_992.0 * mass;
+            Some(free[cumulative.partition_point(|&sum| sum <= point).min(free.len() - 1)])
+        });
+        Ok(true)
     }
 }
 
