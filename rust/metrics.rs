@@ -25,8 +25,10 @@ pub fn ranks_in_lists(lists: &[i32], k: usize, held_out: CsrView, ranks: &mut [i
 }
 
 /// All metrics at every cut-off of `ks`, into `out` `[N_METRICS, n_k, U]`; NaN for users with
-/// nothing held out. `spans[u]` is where the ranks of user `u` lie.
-pub fn user_metrics(ranks: &[i32], spans: &[std::ops::Range<usize>], ks: &[i64], out: &mut [f64]) -> Result<()> {
+/// nothing held out. The "items" of `ranks` are the ranks of a user's held-out items.
+pub fn user_metrics(ranks: CsrView, ks: &[i64], out: &mut [f64]) -> Result<()> {
+    let spans = (0..ranks.n_rows()).map(|user| ranks.span(user)).collect::<Result<Vec<_>>>()?;
+    let ranks = ranks.items();
     if let Some(position) = ks.iter().position(|&k| k < 1) {
         return Err(Error::Argument { name: "ks", found: ks[position].to_string(), expected: "1 or more" });
     }

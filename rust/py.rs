@@ -474,13 +474,10 @@ fn user_metrics<'py>(
     py: Python<'py>, ranks: Ints<'py>, test_indptr: Longs<'py>, ks: Longs<'py>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let (ranks, ks) = (ranks.slice("ranks")?, ks.slice("ks")?);
-    let frame = CsrView::held_out(test_indptr.slice("test_indptr")?, ranks, i32::MAX as usize)?;
-    let shape = Ix3(metrics::N_METRICS, ks.len(), frame.n_rows());
+    let ranks = CsrView::held_out(test_indptr.slice("test_indptr")?, ranks, i32::MAX as usize)?;
+    let shape = Ix3(metrics::N_METRICS, ks.len(), ranks.n_rows());
     let mut out = vec![f64::NAN; shape.size()];
-    py.detach(|| {
-        let spans = (0..frame.n_rows()).map(|user| frame.span(user)).collect::<Result<Vec<_>>>()?;
-        metrics::user_metrics(ranks, &spans, ks, &mut out)
-    })?;
+    py.detach(|| metrics::user_metrics(ranks, ks, &mut out))?;
     shaped(py, out, shape)
 }
 
@@ -493,11 +490,8 @@ fn kernels() -> Vec<&'static str> {
 /// Make all later calls use one of `kernels()`; for tests and benches. ValueError for any other name.
 #[pyfunction]
 fn use_kernel(#[pyo3(from_py_with = named::name)] name: String) -> PyResult<()> {
-    if simd::choose(&name) {
-        return Ok(());
-    }
-    let expected = "one of kernels()";
-    Err(Error::Argument { name: "name", found: name, expected }.into())
+    let wrong = Error::Argument { name: "name", found: name.clone(), expected: "one of kernels()" };
+    if simd::choose(&name) { Ok(()) } else { Err(wrong.into()) }
 }
 
 /// Whether the extension was built without optimisation; benches refuse such a build.
