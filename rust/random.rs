@@ -67,6 +67,7 @@ pub fn first_tries(seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mu
         (if product as u32 >= surplus { (product >> 32) as i32 } else { -1 }, word as u32)
     };
     if n == 1 {
+        // One long loop, for vectors are made of nothing shorter than themselves.
         return fill(numbers, coins, |row| number(row, 0));
     }
     for (row, numbers) in numbers.chunks_exact_mut(n).enumerate() {
@@ -74,6 +75,7 @@ pub fn first_tries(seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mu
     }
 }
 
+/// Numbers, and coins if they are wanted: a loop without the question, which would undo its vectors.
 #[inline(always)]
 fn fill(numbers: &mut [i32], coins: &mut [u32], number: impl Fn(usize) -> (i32, u32)) {
     if coins.is_empty() {
