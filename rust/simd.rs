@@ -8,9 +8,9 @@
 use std::array::from_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::candidates::{Batch, MARKS, Marks, Scratch};
+use crate::candidates::{self, Batch, Marks, Scratch};
 use crate::error::Result;
-use crate::random::{self, Stream};
+use crate::random;
 
 /// One vector register of `f32`, as the tile needs it.
 ///
@@ -253,7 +253,7 @@ impl Steps for Avx512 {
         assert!(coins.is_empty() || coins.len() == numbers.len());
         let n = n as u64;
         let slots: [[u64; 8]; 2] = from_fn(|odd| from_fn(|at| (2 * at + odd) as u64));
-        let start = slots.map(|slots| slots.map(|slot| Stream::new(seed, row + slot / n).counter(slot % n, 0)));
+        let start = slots.map(|slots| slots.map(|slot| random::Stream::new(seed, row + slot / n).counter(slot % n, 0)));
         let in_row = slots.map(|slots| slots.map(|slot| slot % n));
         // SAFETY: the processor has AVX-512 (see above); loads are of 8 numbers in an array, stores
         // are masked by `lanes` to the numbers that are left.
@@ -308,7 +308,7 @@ impl Steps for Avx512 {
             for group in (0..draws.len()).step_by(16) {
                 let lanes = u16::MAX >> (16 - (draws.len() - group).min(16));
                 let items = _mm512_maskz_loadu_epi32(lanes, draws.as_ptr().add(group));
-                let at = _mm512_and_si512(items, _mm512_set1_epi32(MARKS as i32 - 1));
+                let at = _mm512_and_si512(items, _mm512_set1_epi32(candidates::MARKS as i32 - 1));
                 let found = _mm512_i32gather_epi32::<1>(at, marks.stamps.as_ptr().cast());
                 let found = _mm512_and_si512(found, _mm512_set1_epi32(255));
                 let hits = lanes & (_mm512_cmpeq_epi32_mask(found, stamp) | _mm512_movepi32_mask(items));
@@ -446,7 +446,7 @@ impl Kernel {
 mod tests {
     use super::*;
     use crate::csr::CsrView;
-    use crate::random::below;
+    use crate::random::{Stream, below};
 
     /// Numbers between -1 and 1 with many digits.
     fn numbers(n: usize, seed: u64) -> Vec<f32> {
