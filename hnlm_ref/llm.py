@@ -67,8 +67,8 @@ def tiny_model(family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
 def choose_dtype(name: str, device: str) -> torch.dtype:
     """ "auto": bfloat16 where the GPU computes in it, else float32; never float16, whose range overflows (case D12).
 
-    Choice: float32 on a CPU, also where it has bfloat16. With AMX that reads prompts 2.9 times as fast and tunes as well
-    (SmolLM2), but its sums depend on the number of threads.
+    Choice: float32 on a CPU, also where it has bfloat16. With AMX that reads prompts 2.9 times as fast and tunes as
+    well (SmolLM2), but its sums depend on the number of threads.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
