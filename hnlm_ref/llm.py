@@ -83,6 +83,10 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
     Returns (model, tokenizer), the model in eval mode on `device`, frozen; the tokenizer has a pad token (case D05).
     Raises UserError when there is no such model; with HF_HUB_OFFLINE=1 no network is tried (case D14).
     """
+    if load_in_4bit and (device != "cuda" or sharded() or name == TINY or name.endswith(".gguf")):
+        # On a CPU bitsandbytes packs the weights at the first look at held-out triplets, and no gradient passes after.
+        wanted = "a GPU, a folder or hub id for a model, and no --use_fsdp"
+        raise UserError(f"--load-in-4bit needs {wanted}; the model is {name}, on {device}; tune without it")
     if name == TINY:
         model, tokenizer = tiny_model()
         return _placed(model, device), tokenizer
@@ -94,8 +98,6 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
             raise UserError(f"{name}: there is no such GGUF file")
     options: dict[str, Any] = {"dtype": choose_dtype(dtype, device), "attn_implementation": attention}
     if sharded():
-        if load_in_4bit:
-            raise UserError("--load-in-4bit: weights in 4 bits cannot be shared among processes; drop it or --use_fsdp")
         # "true", accelerate's default, has the first process alone read the file, for a wrapping that is not used here.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if load_in_4bit:

@@ -269,6 +269,12 @@ def test_a_model_that_is_not_there_is_named(name, monkeypatch):
         llm.load_llm(name, "cpu")
 
 
+@pytest.mark.parametrize(("name", "device"), [("tiny", "cuda"), ("any.gguf", "cuda"), ("any", "cpu")])
+def test_weights_in_4_bits_are_refused_where_they_would_not_be_tuned_or_not_be_4_bits(name, device):
+    with pytest.raises(UserError, match=rf"--load-in-4bit needs a GPU, .* the model is {name}, on {device}"):
+        llm.load_llm(name, device, load_in_4bit=True)
+
+
 def test_generated_texts_do_not_depend_on_the_batch():
     base, tokenizer = llm.load_llm("tiny", "cpu")
     prompts = [llm.chat_ids(tokenizer, text) for text in ("a", "a longer question", "b")]

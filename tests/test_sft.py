@@ -321,8 +321,8 @@ def test_sharded_weights_are_half_in_each_of_two_processes(tmp_path):
 
 def test_what_cannot_be_sharded_is_refused(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(llm, "sharded", lambda: True)
-    with pytest.raises(UserError, match=r"--load-in-4bit: .* drop it or --use_fsdp"):
-        llm.load_llm("any", "cpu", load_in_4bit=True)
+    with pytest.raises(UserError, match=r"no --use_fsdp; the model is any, on cuda"):
+        llm.load_llm("any", "cuda", load_in_4bit=True)
     shutil.copytree(toy_run, tmp_path / "run")
     with pytest.raises(UserError, match=r"--mode text: .* without --use_fsdp"):
         run_stage("generate", tmp_path / "run", "--mode", "text")
