@@ -36,7 +36,6 @@ from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
 TINY = "tiny"
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers.utils.logging.set_verbosity_error()
@@ -153,10 +152,35 @@ def memory_estimate(config: Any, dtype: torch.dtype, load_in_4bit: bool = False)
     return f"{n / 1e6:,.0f} M parameters, about {size / 2**30:.2f} GiB of weights in {kind}"
 
 
+@torch.no_grad()
+def check_rows(name: str, llm: Any) -> None:
+    """Refuse a model that does not give a continuation in a row the vector that it has alone.
+
+    Recurrent and convolutional layers pass a continuation on to the next one, and some models take their positions
+    from the place in the row: their vectors would be wrong, and nothing else would tell.
+    """
+    device, vocabulary = llm.get_input_embeddings().weight.device, llm.get_input_embeddings().num_embeddings
+    prefix, *parts = (ids.tolist() for ids in np.split(np.linspace(2, vocabulary - 1, 20).astype(int), (6, 12, 15)))
+    kind, reason = llm.config.model_type, ""
+    try:
+        together = embed(llm, pack([(prefix, parts)], device))
+        alone = torch.cat([embed(llm, pack([(prefix, [part])], device)) for part in parts])  # [3, d_llm]
+        off = float((together - alone).norm() / (alone - alone.mean(0)).norm())
+        if not off < (1e-3 if llm.dtype == torch.float32 else 0.2):
+            reason = f"vectors of continuations that share a prefix are off by {off:.1%}"
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise UserError(f"--model {name}: {kind} models cannot be used here ({reason}); take a Llama, Qwen, Gemma ...")
+
+
 def add_lora(llm: Any, rank: int, alpha: int, dropout: float) -> Any:
-    """Wrap `llm` in a fresh PEFT LoRA on the q, k, v and o projections; the adapter's weights are float32."""
+    """Wrap `llm` in a fresh PEFT LoRA on the linear layers of its attention (q, k, v and o in most); float32."""
+    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    names = {name for name, layer in llm.named_modules() if isinstance(layer, linear) and "att" in name}
+    targets = sorted({name.rpartition(".")[2] for name in names})
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS)
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
     )
     return peft.get_peft_model(llm, config)
 

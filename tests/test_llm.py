@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 
 from hnlm_ref import llm
 from hnlm_ref.console import UserError
@@ -39,6 +40,44 @@ def test_packed_vectors_are_those_of_each_sequence_alone(family, pooling):
     assert torch.isfinite(packed).all()  # the empty text too (case D18)
     torch.testing.assert_close(packed, torch.stack(alone), atol=1e-5, rtol=0)  # case D04
     torch.testing.assert_close(torch.cat(one_by_one), torch.stack(alone), atol=1e-5, rtol=0)
+
+
+def random_model(family: str, **knobs):
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 1}
+    config = transformers.AutoConfig.for_model(family, **small | knobs)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "knobs", "targets"),
+    [
+        ("phi3", {"intermediate_size": 64, "num_key_value_heads": 4}, {"qkv_proj", "o_proj"}),
+        ("gpt_neox", {"intermediate_size": 64}, {"query_key_value", "dense"}),
+        ("gpt2", {}, {"c_attn", "c_proj"}),
+    ],
+)
+def test_attention_is_tuned_whatever_its_layers_are_called(family, knobs, targets):
+    base = random_model(family, **knobs)
+    llm.check_rows(family, base)
+    lora = llm.add_lora(base, 2, 4, 0.0)
+    assert lora.peft_config["default"].target_modules == targets
+    llm.embed(lora, llm.pack([([2, 3], [[4, 5], [6]])]))[:, 0].sum().backward()
+    moved = [p.grad for name, p in lora.named_parameters() if "lora_B" in name]
+    assert len(moved) >= 2 * len(targets) and all(grad is not None and grad.any() for grad in moved)
+
+
+@pytest.mark.parametrize(
+    ("family", "knobs"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "initializer_range": 0.3, "num_key_value_heads": 4}),
+        ("mpt", {"initializer_range": 0.3}),  # takes positions from the place in the row
+        ("bloom", {}),  # knows no mask of who sees whom
+    ],
+)
+def test_models_in_which_continuations_of_one_row_would_meet_are_refused(family, knobs):
+    with pytest.raises(UserError, match=f"--model here/it: {family} models cannot be used here .*Llama"):
+        llm.check_rows("here/it", random_model(family, **knobs))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
