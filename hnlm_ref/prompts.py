@@ -102,6 +102,7 @@ def parse_reply(raw: str, key: str, positive_title: str | None = None) -> Reply:
     Invalid JSON is not repaired. Equality with the positive ignores case and outer blanks.
     """
     text = re.sub(r"<think>.*?(</think>|\Z)", "", raw, flags=re.DOTALL)
+    text = text.rpartition("</think>")[2]  # of some models the prompt itself opens the block
     for brace in re.finditer(r"\{", text):
         try:
             found, _ = json.JSONDecoder().raw_decode(text, brace.start())

@@ -35,6 +35,7 @@ CLEAN = '{"hard_negative_item": "Orbit Chess Set", "reasoning": "r"}'
         ('{"hard_negative_item": 7}', "bad", None),
         ('{"hard_negative_item": false}', "bad", None),
         ('{"title": "x"} then {"hard_negative_item": "B"}', "ok", "B"),
+        (f'Perhaps {{"hard_negative_item": "Old Set"}}.\n</think>\n\n{CLEAN}', "ok", "Orbit Chess Set"),
         ('<think>never closed {"hard_negative_item": "Old Set"}', "bad", None),
         ('{"hard_negative_item": "Misérables (Les) {1998}"}', "ok", "Misérables (Les) {1998}"),
         ('{"a":' * 3_000, "bad", None),
