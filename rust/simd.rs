@@ -8,7 +8,7 @@
 use std::array::from_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::candidates::{self, Batch, Marks, Scratch};
+use crate::candidates::{Batch, Marks, Scratch};
 use crate::error::Result;
 use crate::random;
 
@@ -308,7 +308,7 @@ impl Steps for Avx512 {
             for group in (0..draws.len()).step_by(16) {
                 let lanes = u16::MAX >> (16 - (draws.len() - group).min(16));
                 let items = _mm512_maskz_loadu_epi32(lanes, draws.as_ptr().add(group));
-                let at = _mm512_and_si512(items, _mm512_set1_epi32(candidates::MARKS as i32 - 1));
+                let at = _mm512_and_si512(items, _mm512_set1_epi32(crate::candidates::MARKS as i32 - 1));
                 let found = _mm512_i32gather_epi32::<1>(at, marks.stamps.as_ptr().cast());
                 let found = _mm512_and_si512(found, _mm512_set1_epi32(255));
                 let hits = lanes & (_mm512_cmpeq_epi32_mask(found, stamp) | _mm512_movepi32_mask(items));
