@@ -56,14 +56,14 @@ pub fn match_titles(
             touched.sort_unstable();
             touched.dedup();
             let excluded = excluded.row(users[query] as usize)?;
-            let mut best = Best::new(min_similarity, items, scores);
+            let mut best = Best::new(min_similarity, k);
             for item in touched {
                 let shared = std::mem::take(&mut common[item as usize]);
                 if excluded.binary_search(&item).is_err() {
                     best.offer(item, (2 * shared) as f32 / (own.len() + grams[item as usize].len()) as f32);
                 }
             }
-            best.finish();
+            best.finish(items, scores);
             Ok(())
         },
     ))
