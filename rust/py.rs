@@ -490,8 +490,10 @@ fn kernels() -> Vec<&'static str> {
 /// Make all later calls use one of `kernels()`; for tests and benches. ValueError for any other name.
 #[pyfunction]
 fn use_kernel(#[pyo3(from_py_with = named::name)] name: String) -> PyResult<()> {
-    let wrong = Error::Argument { name: "name", found: name.clone(), expected: "one of kernels()" };
-    if simd::choose(&name) { Ok(()) } else { Err(wrong.into()) }
+    if simd::choose(&name) {
+        return Ok(());
+    }
+    Err(Error::Argument { name: "name", found: name, expected: "one of kernels()" }.into())
 }
 
 /// Whether the extension was built without optimisation; benches refuse such a build.
