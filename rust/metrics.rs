@@ -34,11 +34,15 @@ pub fn user_metrics(ranks: CsrView, ks: &[i64], out: &mut [f64]) -> Result<()> {
     }
     refuse("ranks", ranks, i32::MAX as usize, |rank| rank < 0)?;
     let (n_users, plane) = (spans.len(), ks.len() * spans.len());
+    // Of `n` held-out items in the first places, by `n`: the same sums for every user.
+    let longest = spans.iter().map(|span| span.len()).max().unwrap_or(0);
+    let mut ideal = vec![0.0; longest + 1];
+    (1..=longest).for_each(|n| ideal[n] = ideal[n - 1] + gain(n));
     for (user, span) in spans.iter().enumerate() {
         let mut sorted: Vec<i32> = ranks[span.clone()].iter().copied().filter(|&rank| rank > 0).collect();
         sorted.sort_unstable();
         for (at, &k) in ks.iter().enumerate() {
-            for (metric, value) in one_user(&sorted, span.len(), k).into_iter().enumerate() {
+            for (metric, value) in one_user(&sorted, span.len(), k, &ideal).into_iter().enumerate() {
                 out[metric * plane + at * n_users + user] = value;
             }
         }
@@ -46,23 +50,25 @@ pub fn user_metrics(ranks: CsrView, ks: &[i64], out: &mut [f64]) -> Result<()> {
     Ok(())
 }
 
+fn gain(rank: usize) -> f64 {
+    1.0 / (rank as f64 + 1.0).log2()
+}
+
 /// Metrics of one user at one cut-off from the sorted ranks of the `n_held_out` items found.
-fn one_user(ranks: &[i32], n_held_out: usize, k: i64) -> [f64; N_METRICS] {
+fn one_user(ranks: &[i32], n_held_out: usize, k: i64, ideal: &[f64]) -> [f64; N_METRICS] {
     if n_held_out == 0 {
         return [f64::NAN; N_METRICS];
     }
     let hits = &ranks[..ranks.partition_point(|&rank| rank as i64 <= k)];
-    let (n_hits, ideal) = (hits.len() as f64, n_held_out.min(k as usize));
-    let gain = |rank: usize| 1.0 / (rank as f64 + 1.0).log2();
+    let (n_hits, most) = (hits.len() as f64, n_held_out.min(k as usize));
     let dcg: f64 = hits.iter().map(|&rank| gain(rank as usize)).sum();
-    let best: f64 = (1..=ideal).map(gain).sum();
     let precisions: f64 = hits.iter().enumerate().map(|(at, &rank)| (at + 1) as f64 / rank as f64).sum();
     [
         n_hits / n_held_out as f64,
-        dcg / best,
+        dcg / ideal[most],
         n_hits / k as f64,
         f64::from(!hits.is_empty()),
         hits.first().map_or(0.0, |&rank| 1.0 / rank as f64),
-        precisions / ideal as f64,
+        precisions / most as f64,
     ]
 }
