@@ -133,7 +133,7 @@ def _placed(llm: Any, device: str) -> Any:
     """
     llm.eval().requires_grad_(False)
     if sharded():
-        from torch.distributed.fsdp import fully_shard  # here: needs torch 2.7
+        from torch.distributed.fsdp import fully_shard
 
         decoder, embeddings = llm.get_decoder(), set(llm.get_input_embeddings().parameters())
         mesh = torch.distributed.init_device_mesh(device, (torch.distributed.get_world_size(),))

@@ -34,7 +34,7 @@ class Fit:
 
 def epoch_seed(seed: int, epoch: int) -> int:
     """Seed of all that is random in an epoch (0: initial weights). No state crosses epochs, so a resumed run agrees."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def fit(
