@@ -356,7 +356,11 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
     """(number of the first line, UTF-8 bytes of whole records without mark and header); of Parquet frames."""
     line, rest, path = 1, b"", layout.path
     if layout.kind == "parquet":
-        for frame in _batches(pl.scan_parquet(path).select(columns.values()), path):
+        query = pl.scan_parquet(path).select(columns.values())
+        for frame in _batches(query.cast({pl.Binary: pl.String, pl.Duration: pl.String}), path):
+            if any(kind.is_nested() for kind in frame.dtypes):  # a list is told as the JSON formats tell it
+                texts = dict.fromkeys(frame.columns, pl.String)
+                frame = pl.read_ndjson(frame.write_ndjson().encode(), schema=texts)
             yield line, frame
             line += len(frame)
         return
@@ -445,7 +449,7 @@ def _batches(query: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
     try:
         yield from query.collect_batches(maintain_order=True)
     except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} is no whole Parquet file ({str(error).splitlines()[0]}); fetch it again") from error
+        raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); make it again") from error
 
 
 def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> Iterator[pl.DataFrame]:
@@ -492,7 +496,8 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
         past = pl.col("history").str.replace_all(r"^\[|[',\"]+\s*[',\"]*|\]$", " ")
         past = pl.when(pl.col("history").str.starts_with("[")).then(past).otherwise("history")
         target = [pl.col("item")] if "item" in frame.columns else []
-        frame = frame.select("user", item=pl.concat_str(past, *target, separator=" ", ignore_nulls=True))
+        item = pl.concat_str(past, *target, separator=" ", ignore_nulls=True).str.strip_chars()
+        frame = frame.select("user", item=item)
     whys: list[Any] = []
     ids = {role: pl.col(role).cast(pl.String).str.strip_chars() for role in ("user", "item")}
     for role, value in ids.items():
@@ -521,8 +526,6 @@ def item_frames(layout: Layout, bad: Bad) -> Iterator[pl.DataFrame]:
     """Rows of an item file: the columns of ITEM_ROLES it has, as text; lists stand as JSON. `item` is trimmed."""
 
     def check(frame: pl.DataFrame) -> pl.DataFrame:
-        lists = [name for name, kind in frame.schema.items() if kind == pl.List(pl.String)]
-        frame = frame.with_columns(pl.col(name).list.join(", ") for name in lists).cast(pl.String)
-        return frame.with_columns(pl.col("item").str.strip_chars(), why=pl.lit(None, pl.String))
+        return frame.cast(pl.String).with_columns(pl.col("item").str.strip_chars(), why=pl.lit(None, pl.String))
 
     return _tables(layout, ITEM_ROLES, bad, check)

@@ -165,6 +165,15 @@ def test_parquet_with_whole_number_ids_and_datetimes(tmp_path):
     assert done.pairs() == {("10", "7"), ("9", "7")} and done.user_keys == ["10", "9"]
 
 
+def test_parquet_with_lists_of_items_and_of_texts(tmp_path):
+    pl.DataFrame({"user": ["v", "u"], "item_id_list": [["ä", "2"], ["3"]]}).write_parquet(tmp_path / "log")
+    items = pl.DataFrame({"item": ["ä"], "title": [["T", 'U "1"']], "categories": [[["A", "B"]]]})
+    items.write_parquet(tmp_path / "items")
+    done = prepare(tmp_path / "run", tmp_path / "log", items=str(tmp_path / "items"))
+    assert done.pairs() == {("v", "ä"), ("v", "2"), ("u", "3")} and not done.counts["rows with blanks around an id"]
+    assert (done.items[2]["title"], done.items[2]["text"]) == ('T, U "1"', "A, B")
+
+
 def test_a_spreadsheet_export_in_utf_16_and_quoted_line_breaks(tmp_path):
     text = 'user,item,text\nu1,i1,"two\nlines, ""quoted"""\nu2,i2,5" pipe\n'
     (tmp_path / "log.csv").write_text(text, encoding="utf-16")
@@ -333,10 +342,13 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_leave_nothing(cli, tmp_
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_parquet_file_cut_short_and_a_zip_archive_are_refused(tmp_path):
+def test_a_parquet_file_cut_short_or_without_text_and_a_zip_archive_are_refused(tmp_path):
     pl.DataFrame({"user": ["u"] * 99, "item": ["i"] * 99}).write_parquet(tmp_path / "whole")
     (tmp_path / "log").write_bytes((tmp_path / "whole").read_bytes()[:-30])
-    with pytest.raises(UserError, match="is no whole Parquet file"):
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        prepare(tmp_path / "run", tmp_path / "log")
+    pl.DataFrame({"user": [b"\xff"], "item": ["i"]}).write_parquet(tmp_path / "log")
+    with pytest.raises(UserError, match=r"cannot be read as Parquet \(invalid utf8\)"):
         prepare(tmp_path / "run", tmp_path / "log")
     (tmp_path / "log").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(UserError, match="is a zip archive; unpack it first"):
