@@ -279,7 +279,9 @@ def _separator(lines: list[str]) -> str:
     best = max(SEPARATORS, key=agreement)
     if agreement(best)[0] > 0.5:
         return best
-    return " " if agreement(" ")[0] == 1 else "\n" if len(lines[0].split()) > 1 else ","
+    share, n_fields = agreement(" ")  # more fields than a log has, and no names: a sequence for users of like length
+    told = n_fields <= len(NO_HEADER) or _aliases(lines[0].split(), ("item",))
+    return " " if share == 1 and told else "\n" if len(lines[0].split()) > 1 else ","
 
 
 def _is_number(text: str) -> bool:

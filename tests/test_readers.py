@@ -93,6 +93,7 @@ LAYOUTS = {
     "recbole": ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t2\t3\t881250949.0", "s", "1", "2"),
     "selfrec": ("1 2 4\n2 1 3.5", None, "1", "2"),
     "sequence": ("u1 i3 i1 i2\nu2 i1", "order", "u1", "i3"),
+    "sequence of like lengths": ("u1 i3 i1 i2 i5\nu2 i1 i4 i3 i2", "order", "u1", "i3"),
     "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
     "tsv": ("user\titem\ttime\nu1\ti1\t2015-01-01", "date", "u1", "i1"),
 }
