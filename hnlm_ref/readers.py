@@ -381,7 +381,8 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
             block, rest = data[:cut], data[cut:]
             first, line = line, line + block.count(b"\n")
             if first == 1 and block and layout.kind == "delimited" and layout.header:
-                first, block = 2, block.partition(b"\n")[2]
+                rows = block.lstrip().partition(b"\n")[2]  # blank lines may stand before the header
+                first, block = 1 + block.count(b"\n", 0, len(block) - len(rows)), rows
             if block.strip():
                 yield first, block
             if not chunk:

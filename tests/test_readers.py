@@ -94,6 +94,7 @@ LAYOUTS = {
     "selfrec": ("1 2 4\n2 1 3.5", None, "1", "2"),
     "sequence": ("u1 i3 i1 i2\nu2 i1", "order", "u1", "i3"),
     "sequence of like lengths": ("u1 i3 i1 i2 i5\nu2 i1 i4 i3 i2", "order", "u1", "i3"),
+    "csv after a blank line": ("\n \nuser,item\nu1,i1", None, "u1", "i1"),
     "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
     "tsv": ("user\titem\ttime\nu1\ti1\t2015-01-01", "date", "u1", "i1"),
 }
