@@ -265,8 +265,12 @@ def ready_split(logs: list[Log | None], counts: dict) -> tuple[Log, np.ndarray]:
     part = np.concatenate([np.full(len(log), n, np.int8) for n, log in parts])
     arrays: dict[str, Any] = {}
     for name in ("user", "item", "time"):
-        columns = [getattr(log, name) for _, log in parts]
-        arrays[name] = None if any(c is None for c in columns) else np.concatenate(columns)
+        columns = [np.full(len(log), np.nan) if (c := getattr(log, name)) is None else c for _, log in parts]
+        arrays[name] = None if getattr(parts[0][1], name) is None else np.concatenate(columns)
+    units = {TICKS.get(log.unit, 0): log.unit for _, log in parts if log.unit}
+    if len(units) > 1:
+        told = " and ".join(units.values())
+        raise UserError(f"the parts of the split have times in {told}; name --time-unit or drop them: --columns time=")
     log = replace(parts[0][1], rating=None, **arrays)
     order = np.lexsort((*(() if log.time is None else (log.time,)), part, log.cells))
     part = part[order]

@@ -233,6 +233,15 @@ def test_milliseconds_are_found_and_a_mixture_is_refused(case_input, tmp_path):
         prepare(tmp_path / "b", case_input("a07_ts_mixed.csv"))
 
 
+def test_the_parts_of_a_ready_split_have_times_in_one_unit_or_none(tmp_path):
+    log, test = rows("u,b,5,1420070400", "u,a,5,1420070401"), tmp_path / "test.csv"
+    test.write_text("user_id,item_id\nu,c\n", encoding="utf-8")
+    assert prepare(tmp_path, log + "v,c,5,1420070400\n", test_file=str(test)).history("u") == ["b", "a"]
+    test.write_text(rows("u,c,5,1420070400000"), encoding="utf-8")
+    with pytest.raises(UserError, match="the parts of the split have times in s and ms; name --time-unit"):
+        prepare(tmp_path, log, test_file=str(test))
+
+
 def test_later_rows_of_unseen_users_and_items_are_counted_and_an_empty_test_is_refused(case_input, tmp_path):
     """Cases A15, A16."""
     log = case_input("a09_split_unseen.csv")
