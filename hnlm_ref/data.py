@@ -98,7 +98,7 @@ def moment(text: str, unit: str | None) -> float:
     try:
         if unit in TICKS and re.fullmatch(r"\d{4}(-.*)?", text):
             return float(np.datetime64(text, "us").astype(np.int64)) / 1e6 * TICKS[unit]
-        return float(text if unit else "none")
+        return float(text if unit and re.fullmatch(r"[-+.\de]+", text) else "none")
     except ValueError as error:
         wanted = f"it has no dates (unit of its times: {unit})" if unit not in TICKS else "write a date like 2015-01-31"
         raise UserError(f"{text!r} cannot be compared with the times of the log; {wanted}") from error
@@ -227,6 +227,8 @@ def split(
         assert log.time is not None
         ordered = np.sort(log.time)
         cuts = [moment(text, log.unit) if text else np.inf for text in (valid_from, test_from)]
+        if valid_from and test_from and cuts[0] >= cuts[1]:
+            raise UserError(f"valid_from {valid_from} is not before test_from {test_from}: validation would be empty")
         if valid_from is None and test_from is None:
             ratios = (test_ratio + valid_ratio, test_ratio)
             cuts = [ordered[min(n - 1, int(n * (1 - r) + 0.5))] if r else np.inf for r in ratios]
