@@ -52,7 +52,8 @@ class View:
         self.metrics: dict = load_json(self.eval_dir / "metrics.json")
         self.methods: dict[str, dict[str, dict]] = self.metrics["methods"]
         self.k = max(self.metrics["k"])
-        self.stages = {stage: self.run.manifest(stage) for stage in STAGES if self.run.has(stage)}
+        stages = STAGES[: -1 if eval_dir else None]  # while stage 5 writes, its own folder is that of an older result
+        self.stages = {stage: self.run.manifest(stage) for stage in stages if self.run.has(stage)}
 
     @cached_property
     def prep(self) -> Prep:

@@ -102,6 +102,8 @@ def test_a_subset_of_users_is_marked_and_the_others_are_nan(toy_run, tmp_path, c
     assert kept.sum() == 7
     np.testing.assert_array_equal(per_user[:, kept], whole[:, kept])
     assert "a subset of 7 users" in cli("show", run).stdout
+    page = (run / "eval" / "report.html").read_text(encoding="utf-8")
+    assert "&quot;n_explored&quot;" not in page  # of the evaluation that was replaced
 
 
 def test_the_test_part_is_opened_once_and_only_after_training(toy_run, tmp_path, monkeypatch):
