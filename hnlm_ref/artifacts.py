@@ -83,9 +83,23 @@ def save_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
 
 
+def _object(path: Path) -> type[dict]:
+    """What an object in a JSON file becomes: asked for a key it lacks, it says that the file is damaged."""
+
+    class Told(dict):
+        def __missing__(self, key: str) -> Any:
+            with whole(path):
+                raise ValueError(f"it lacks {key!r}")
+
+    return Told
+
+
 def load_json(path: Path) -> Any:
     with whole(path):
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=_object(path))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        return found
 
 
 def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
@@ -95,8 +109,9 @@ def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def load_jsonl(path: Path) -> list[dict]:
+    hook = _object(path)
     with whole(path), path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line, object_hook=hook) for line in file]
 
 
 # ---- user x item sets -------------------------------------------------------------------------------------------

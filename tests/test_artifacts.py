@@ -146,10 +146,10 @@ def test_the_manifest_repeats_knobs_counts_and_the_bytes_of_every_file(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
-    save_json(tmp_path / "a.json", [1])
+    save_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         save_jsonl(tmp_path / "a.json", [{"a": 1}, {"a": object()}])
-    assert load_json(tmp_path / "a.json") == [1] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert load_json(tmp_path / "a.json") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_set_of_pairs_is_sorted_unique_and_keeps_empty_rows():
@@ -191,12 +191,12 @@ def load_checkpoint(path):
     ("name", "load"),
     [
         ("a.npy", artifacts.load_npy),
-        ("a.json", load_json),
-        ("a.jsonl", artifacts.load_jsonl),
+        ("a.json", lambda path: load_json(path)["key"]["key"]),
+        ("a.jsonl", lambda path: [row["key"]["key"] for row in artifacts.load_jsonl(path)]),
         ("a.safetensors", load_checkpoint),
     ],
 )
-@pytest.mark.parametrize("content", [b"", b"{", b"\x93NUMPY\x01\x00v"], ids=["empty", "cut", "cut header"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\x93NUMPY\x01\x00v", b"{}", b'{"key": {}}'])
 def test_a_damaged_file_is_named_in_one_sentence(tmp_path, name, load, content):
     (tmp_path / name).write_bytes(content)
     if (name, content) == ("a.jsonl", b""):
@@ -204,6 +204,12 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, name, load, content):
         return
     with pytest.raises(UserError, match=rf"{name} is damaged \(.*delete its folder and run the stage again"):
         load(tmp_path / name)
+
+
+def test_a_json_file_holds_an_object(tmp_path):
+    (tmp_path / "a.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match="it is no JSON object"):
+        load_json(tmp_path / "a.json")
 
 
 def test_a_preparation_that_lacks_lines_is_refused(toy_run, tmp_path):
