@@ -50,8 +50,11 @@ def export(run_dir: Path, what: str, kind: str, out: Path | None = None, method:
     names = (f"{what}.{suffixes.get(t, 'inter')}" if kind == "recbole" else f"{t}.{kind}" for t in tables)
     paths = [out / name for name in names]
     for path, blocks in zip(paths, tables.values(), strict=True):
-        with atomic(path) as temporary:
-            WRITERS[kind](temporary, map(pl.DataFrame, blocks))
+        try:
+            with atomic(path) as temporary:
+                WRITERS[kind](temporary, map(pl.DataFrame, blocks))
+        except (OSError, pl.exceptions.PolarsError) as error:  # Polars tells of a full disk in its own way
+            raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     return paths
 
 

@@ -15,6 +15,7 @@ import torch
 from conftest import readme_code
 
 from hnlm_ref.artifacts import Csr, Run, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
+from hnlm_ref.console import UserError
 from hnlm_ref.export import WRITERS, export
 from hnlm_ref.view import View
 
@@ -92,6 +93,16 @@ def test_embeddings_load_back_equal_beside_their_keys(run, tmp_path, kind):
         back = [np.array(v.split() if isinstance(v, str) else v, np.float32) for v in found[vector]]
         np.testing.assert_array_equal(back, table)
         assert found[key] == [f"00{n}" for n in range(len(table))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has a disk that is always full")
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_one_sentence(run, tmp_path, kind):
+    name = f"negatives.{'inter' if kind == 'recbole' else kind}"
+    (tmp_path / f".{name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"^.*/{name}: .*No space left on device"):
+        export(run, "negatives", kind, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sampler_s_negatives_are_its_own_and_never_training_items(run, tmp_path):
