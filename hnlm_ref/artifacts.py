@@ -451,11 +451,16 @@ def _promote(partial: Path, final: Path) -> None:
     """Put the whole partial folder in its final place; killed at any point, the next start ends the move."""
     (partial / "key").unlink(missing_ok=True)
     old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     if final.exists():
         final.rename(old)
     partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """A link goes without what it points at: a folder of another run may stand in for one of this run's."""
+    folder.unlink(missing_ok=True) if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:

@@ -52,6 +52,16 @@ def test_an_interrupted_stage_resumes_and_the_old_result_stays_until_then(tmp_pa
     assert calls == ["fresh", "fresh", "resumed"] and load_npy(tmp_path / "prep" / "result.npy") == [4]
 
 
+def test_a_link_in_place_of_a_stage_is_replaced_and_what_it_points_at_stays(tmp_path):
+    stage(Run(tmp_path / "a"), "prep", 1, [])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "prep").symlink_to(tmp_path / "a" / "prep")
+    for value in (2, 3):
+        stage(Run(tmp_path / "b"), "prep", value, [])
+    assert [load_npy(tmp_path / run / "prep" / "result.npy") for run in "ab"] == [[2], [6]]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["prep"]
+
+
 def test_work_in_progress_of_other_knobs_is_not_resumed(tmp_path):
     run, calls = Run(tmp_path), []
     with pytest.raises(KeyboardInterrupt):
