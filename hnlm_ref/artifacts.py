@@ -279,7 +279,9 @@ class Run:
     def manifest(self, stage: str) -> dict:
         path = self.dir / stage / "manifest.json"
         if not path.exists():
-            command = f"hnlm-ref {stage.partition('/')[0]}" + (f" --preset {self.preset}" if self.preset else "")
+            name, *method = stage.split("/")
+            command = f"hnlm-ref {name}" + (f" --preset {self.preset}" if self.preset else "")
+            command += f" --method {method[0]} --seed {method[1].removeprefix('seed')}" if method else ""
             raise UserError(f"{self.dir / stage} is not finished; run: {command} --run-dir {self.dir}")
         return load_json(path)
 

@@ -142,7 +142,7 @@ def test_folders_made_from_different_inputs_are_refused_with_both_fingerprints(t
 
 def test_a_missing_input_names_the_command_that_makes_it(tmp_path):
     run = Run(tmp_path, preset="toy")
-    with pytest.raises(UserError, match="hnlm-ref train --preset toy"):
+    with pytest.raises(UserError, match="run: hnlm-ref train --preset toy --method dns --seed 0 --run-dir"):
         run.folder("train/dns/seed0")
 
 
