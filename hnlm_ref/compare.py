@@ -90,6 +90,8 @@ def compare(
         stages["train"].configure(tables, ("[grid]", {"method": variant}))
         if every.count(variant) > 1:
             raise UserError(f"preset [grid]: {variant} is there twice")
+    if len(every) > len(tried) and not run.manifest("prep")["counts"]["valid"]:
+        raise UserError(f"{run.dir / 'prep'} has no validation part to choose settings on; run prep with a valid_ratio")
     if len({len(variants) for variants in tried.values()}) > 1:
         say("the tuning budgets differ: " + ", ".join(f"{m} {len(vs)} settings" for m, vs in tried.items()))
     run_stages((train(variant, run.seed) for variant in every), n_jobs)

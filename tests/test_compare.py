@@ -63,6 +63,10 @@ def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # cas
         wrong = cli("compare", "--preset", preset, "--run-dir", run_dir)
         assert wrong.returncode == 1 and sentence in wrong.stderr and "Traceback" not in wrong.stderr
     assert sorted(path.name for path in (run_dir / "train").iterdir()) == before  # refused before anything is trained
+    preset.write_text("[grid.dns]\npool_size = [2, 3]\n", encoding="utf-8")
+    cli("prep", "--interactions", "toy", "--valid-ratio", 0, "--run-dir", tmp_path / "without")
+    wrong = cli("compare", "--preset", preset, "--run-dir", tmp_path / "without")
+    assert wrong.returncode == 1 and "has no validation part to choose settings on" in wrong.stderr
     preset.write_text("[grid.dnss]\npool_size = [2]\n", encoding="utf-8")
     wrong = cli("compare", "--preset", preset, "--run-dir", run_dir)
     assert wrong.returncode == 1
