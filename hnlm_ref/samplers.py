@@ -266,20 +266,23 @@ def load_generated(
     A vector of zeros (a reply that named no item) counts as none. Matched items that the guard blocks, or that are
     training positives of their user, become -1 (case B15).
     by_item  the sampler takes matched items: a pair that has none left counts as none too
-    Raises UserError for arrays of other lengths, for a pair that is no training pair or comes twice (case E13), for a
-    vector that is not finite, naming it (case D12), or has one value throughout (case E14), and for a coverage of
-    zero or below `min_coverage`.
+    Raises UserError for arrays of other kinds or lengths, for a pair that is no training pair or comes twice (case
+    E13), for a vector that is not finite, naming it (case D12), or has one value throughout (case E14), and for a
+    coverage of zero or below `min_coverage`.
     """
     made, vectors = load_npy(folder / "pairs.npy"), load_npy(folder / "embeddings.npy", mmap=True)
     matches, scores = load_npy(folder / "matches.npy"), load_npy(folder / "match_scores.npy")
-    whole = len(made) == len(vectors) == len(matches) and matches.shape == scores.shape
-    if not whole or vectors.ndim != 2 or matches.ndim != 2 or matches.dtype.kind != "i":
-        raise UserError(
-            f"{folder}: {len(made)} pairs, but embeddings {vectors.shape}, matches {matches.dtype} {matches.shape} and "
-            f"match_scores {scores.shape}; run hnlm-ref generate again"
-        )
-    if made.size and (made.min() < 0 or (made.max(0) >= (train.n_rows, train.n_cols)).any()):
-        raise UserError(f"{folder / 'pairs.npy'}: a number lies outside {train.n_rows} users and {train.n_cols} items")
+    arrays = {"pairs": made, "embeddings": vectors, "matches": matches, "match_scores": scores}
+    whole = "".join(f"{array.dtype.kind}{array.ndim}" for array in arrays.values()) == "i2f2i2f2"
+    whole = whole and len(made) == len(vectors) == len(matches) and matches.shape == scores.shape
+    if not whole or made.shape[1] != 2 or 0 in (vectors.shape[1], matches.shape[1]):
+        told = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+        raise UserError(f"{folder}: {told} do not fit together; run hnlm-ref generate again")
+    for name, table, size in (("pairs", made, (train.n_rows, train.n_cols)), ("matches", matches, train.n_cols)):
+        if (table >= size).any() or made.min(initial=0) < 0:
+            raise UserError(f"{folder / name}.npy: a number lies outside {train.n_rows} users and {train.n_cols} items")
+    for row in np.flatnonzero(~np.isfinite(np.where(matches < 0, 0, scores)).all(1))[:1]:
+        raise UserError(f"{folder / 'match_scores.npy'}: row {row} holds a number that is not finite")
     cells, made_cells = (table.astype(np.int64) @ (train.n_cols, 1) for table in (pairs, made))
     row_of = np.full(len(pairs), -1)
     place = np.minimum(np.searchsorted(cells, made_cells), len(cells) - 1)

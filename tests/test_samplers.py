@@ -340,7 +340,12 @@ def test_matched_items_that_are_positives_or_guarded_are_dropped(tmp_path):  # c
         ({"pairs": np.array([[0, 1], [1, 0]], np.int32)}, "row 1, user 1 and item 0, is no training pair"),  # E13
         ({"pairs": np.array([[0, 1], [0, 1]], np.int32)}, "row 0, user 0 and item 1, comes twice"),
         ({"pairs": np.array([[0, 1], [9, 1]], np.int32)}, "lies outside 2 users and 4 items"),
-        ({"pairs": np.array([[0, 1]], np.int32)}, "1 pairs, but embeddings"),
+        ({"pairs": np.array([[0, 1]], np.int32)}, "pairs int32 (1, 2), embeddings float16 (2, 8)"),
+        ({"pairs": np.array([0, 1], np.int32)}, "pairs int32 (2,)"),
+        ({"pairs": np.zeros((2, 3), np.int32)}, "pairs int32 (2, 3)"),
+        ({"matches": np.full((2, 5), 4, np.int32)}, "matches.npy: a number lies outside 2 users and 4 items"),
+        ({"match_scores": np.full((2, 5), np.nan, np.float32)}, "match_scores.npy: row 0 holds a number that is not"),
+        ({"match_scores": np.ones((2, 5), np.int32)}, "match_scores int32 (2, 5)"),
         (
             {"embeddings": np.array([[1, 2], [3, np.nan]], np.float16)},
             "row 1, user 1 and item 3, holds a number that is not finite",
@@ -349,7 +354,8 @@ def test_matched_items_that_are_positives_or_guarded_are_dropped(tmp_path):  # c
             {"embeddings": np.array([[1, 2], [5, 5]], np.float16)},
             "row 1, user 1 and item 3, has one value throughout",
         ),  # E14
-        ({"embeddings": np.array([1, 2], np.float16)}, "embeddings (2,)"),
+        ({"embeddings": np.array([1, 2], np.float16)}, "embeddings float16 (2,)"),
+        ({"embeddings": np.zeros((2, 0), np.float16)}, "embeddings float16 (2, 0)"),
         ({"matches": np.array([2, 2], np.int32)}, "matches int32 (2,)"),  # B16: one item where a list is wanted
         ({"matches": np.array([["2"] * 5] * 2)}, "matches <U1 (2, 5)"),  # B16: texts where numbers are wanted
     ],
