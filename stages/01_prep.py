@@ -71,8 +71,10 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     parts = (log_path, cfg.valid_file or parts[0], cfg.test_file or parts[1])
     if parts[1] and not parts[2]:
         raise UserError(f"--valid-file {parts[1]} needs --test-file: a ready split has a test part")
-    how = (cfg.format, cfg.sep, cfg.header, cfg.encoding, cfg.columns, cfg.time_unit)
-    layouts = [readers.sniff(resolve_path(str(path)), *how) if path else None for path in parts]
+    how = (cfg.sep, cfg.header, cfg.encoding, cfg.columns, cfg.time_unit)
+    layouts = [readers.sniff(log_path, cfg.format, *how)]
+    same = "sequence" if layouts[0].format == "sequence" else cfg.format  # two items of a user look like item, rating
+    layouts += [readers.sniff(resolve_path(str(path)), same, *how) if path else None for path in parts[1:]]
     for layout in filter(None, layouts):
         say(f"[prep] {layout.path}: {layout}")
     bad = readers.Bad(cfg.skip_bad_rows)

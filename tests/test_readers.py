@@ -156,6 +156,13 @@ def test_a_recbole_folder_with_its_three_parts_is_a_ready_split(tmp_path):
     assert done.counts["held-out rows of unseen users"] == 1 and done.counts["held-out rows of unseen items"] == 2
 
 
+def test_the_parts_beside_a_sequence_are_sequences(tmp_path):
+    (tmp_path / "train.txt").write_text("1 2 3\n2 3 4 5\n", encoding="utf-8")
+    (tmp_path / "test.txt").write_text("1 4 5\n2 2 9\n", encoding="utf-8")
+    done = prepare(tmp_path / "run", tmp_path)
+    assert done.pairs("test") == {("1", "4"), ("1", "5"), ("2", "2")} and done.counts["rows"] == 9
+
+
 def test_parquet_with_whole_number_ids_and_datetimes(tmp_path):
     times = pl.Series(["2015-01-01 00:00:01", None, "2015-01-01"]).str.to_datetime(strict=False)
     frame = pl.DataFrame({"user": [10, 9, 10], "item": [7, 7, 8], "rating": [5.0, 4.0, 1.0], "time": times})
