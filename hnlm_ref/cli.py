@@ -6,6 +6,7 @@ command first, so what a reader sees is what a reader can type.
 
 import dataclasses
 import importlib.util
+import io
 import shlex
 import subprocess
 import sys
@@ -67,6 +68,8 @@ def main() -> None:
 
     prep -> sft -> generate -> train -> eval; `all` runs them in order.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a title may hold what the terminal cannot show
 
 
 class _All(click.Command):
