@@ -132,7 +132,11 @@ class Csr:
     @classmethod
     def from_pairs(cls, rows: np.ndarray, cols: np.ndarray, n_rows: int, n_cols: int) -> "Csr":
         """Build from two equally long arrays of numbers in any order; a pair given twice is kept once."""
-        cells = np.unique(np.asarray(rows, np.int64) * n_cols + np.asarray(cols, np.int64))
+        rows, cols = np.asarray(rows, np.int64), np.asarray(cols, np.int64)
+        for name, numbers, size in (("row", rows, n_rows), ("column", cols, n_cols)):
+            for number in numbers[(numbers < 0) | (numbers >= size)][:1]:
+                raise IndexError(f"{name} {number} is outside 0 to {size - 1}")
+        cells = np.unique(rows * n_cols + cols)
         indptr = np.searchsorted(cells, np.arange(n_rows + 1, dtype=np.int64) * n_cols)
         return cls(indptr.astype(np.int64), (cells % n_cols).astype(np.int32), n_cols)
 

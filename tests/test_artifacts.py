@@ -168,6 +168,9 @@ def test_a_set_of_pairs_is_sorted_unique_and_keeps_empty_rows():
     assert csr.pairs().tolist() == [[0, 3], [2, 0], [2, 1]] and csr.degrees().tolist() == [1, 0, 2, 0]
     both = csr.union(Csr.from_pairs(np.array([1, 2]), np.array([4, 1]), 4, 5))
     assert both.pairs().tolist() == [[0, 3], [1, 4], [2, 0], [2, 1]]
+    for rows, cols, sentence in (([4], [0], "row 4 is"), ([1], [5], "column 5 is"), ([1], [-1], "column -1 is")):
+        with pytest.raises(IndexError, match=f"{sentence} outside 0 to"):
+            Csr.from_pairs(np.array(rows), np.array(cols), 4, 5)
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_pip_line():
