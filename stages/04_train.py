@@ -213,7 +213,9 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     save_jsonl(run.out / "log.jsonl", done.log)
     checkpoint.unlink(missing_ok=True)
     seconds = float(np.mean(done.epoch_seconds)) if done.epoch_seconds else 0.0
-    say(f"best epoch {done.best_epoch} of {done.epoch}: validation {done.best_score:.4f}, {seconds:.2f} s an epoch")
+    score = done.best_score if prep.valid.nnz else None
+    told = "nothing to validate on" if score is None else f"validation {score:.4f}"
+    say(f"best epoch {done.best_epoch} of {done.epoch}: {told}, {seconds:.2f} s an epoch")
     return {
         "counts": {
             "training pairs": len(pairs),
@@ -221,7 +223,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
             "pairs with a generated negative": int((generated.row_of >= 0).sum()) if generated else 0,
             "epochs": done.epoch,
             "best epoch": done.best_epoch,
-            "valid ndcg@20": done.best_score,
+            "valid ndcg@20": score,
         },
         "timing": {"epoch_seconds": done.epoch_seconds, "seconds_per_epoch": seconds},
     }

@@ -67,6 +67,9 @@ def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # cas
     cli("prep", "--interactions", "toy", "--valid-ratio", 0, "--run-dir", tmp_path / "without")
     wrong = cli("compare", "--preset", preset, "--run-dir", tmp_path / "without")
     assert wrong.returncode == 1 and "has no validation part to choose settings on" in wrong.stderr
+    trained = cli("train", "--n-epochs", 1, "--run-dir", tmp_path / "without")
+    counts = load_json(tmp_path / "without" / "train" / "uniform" / "seed0" / "manifest.json")["counts"]
+    assert "nothing to validate on" in trained.stderr and counts["valid ndcg@20"] is None
     preset.write_text("[grid.dnss]\npool_size = [2]\n", encoding="utf-8")
     wrong = cli("compare", "--preset", preset, "--run-dir", run_dir)
     assert wrong.returncode == 1
