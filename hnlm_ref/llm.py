@@ -110,10 +110,19 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         say(f"model {name}: {memory_estimate(config, options['dtype'], load_in_4bit)}, {device}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
         with contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file has no switch of its own
-            model = transformers.AutoModelForCausalLM.from_pretrained(where, **extra, **options)
-    except (OSError, ValueError, ImportError) as error:
+            load: Any = transformers.AutoModelForCausalLM.from_pretrained
+            model, told = load(where, **extra, **options, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {name}: not a folder, hub id or .gguf file that can be loaded ({reason})") from error
+    if random := sorted({*told["missing_keys"], *(weight for weight, *_ in told["mismatched_keys"])}):
+        raise UserError(
+            f"--model {name}: {len(random)} weights of its configuration are missing or of another shape, for example "
+            f"{random[0]}; transformers would put random ones there; get the whole model again"
+        )
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > known:
+        raise UserError(f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens, the model knows {known}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

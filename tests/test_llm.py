@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from hnlm_ref import llm
+from hnlm_ref.artifacts import load_json, save_json
 from hnlm_ref.console import UserError
 from hnlm_ref.prompts import QUERY_USER, fill
 
@@ -296,6 +297,29 @@ def test_a_model_folder_loads_offline_without_a_pad_token_and_says_its_size(tmp_
     assert not any(p.requires_grad for p in model.parameters())
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors"):
+        llm.load_llm(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"num_hidden_layers": 3, "layer_types": None}, r"9 weights .* for example model\.layers\.2\.input_layernorm"),
+        ({"vocab_size": 300}, r"2 weights .* another shape, for example lm_head\.weight"),
+        ({}, "deserializing"),  # cut off
+        (None, "its tokenizer has 258 tokens, the model knows 100"),
+    ],
+)
+def test_a_model_folder_that_does_not_fit_together_is_refused(tmp_path, knobs, message):
+    save_tiny(tmp_path)
+    config, file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    save_json(config, load_json(config) | (knobs or {}))
+    if knobs == {}:
+        file.write_bytes(file.read_bytes()[:-99])
+    elif knobs is None:
+        model = llm.tiny_model()[0]
+        model.resize_token_embeddings(100)
+        model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"--model {tmp_path}: .*{message}"):
         llm.load_llm(str(tmp_path), "cpu")
 
 
