@@ -224,15 +224,19 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, nothing added."""
-    return tokenizer(list(texts), add_special_tokens=False).input_ids if len(texts) else []
+    """Token ids of each text, nothing added; "</s>" in a title is four characters, not the end."""
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids if len(texts) else []
 
 
 def chat_ids(tokenizer: Any, message: str) -> list[int]:
-    """Token ids of one user message ready to be answered: by the chat template if there is one, else as it stands."""
+    """Token ids of one user message ready to be answered: by the chat template if there is one, else as it stands.
+
+    A model that can do without thinking first is told to: its thoughts alone would fill the answer.
+    """
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": message}]
-        return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        how = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
+        return list(tokenizer.apply_chat_template(chat, enable_thinking=False, **how))
     return special_ids(tokenizer)[0] + encode(tokenizer, [message])[0]
 
 

@@ -108,7 +108,7 @@ def test_packing_lays_positions_and_branches_as_drawn():
 def users_and_items(n_titles: int = 3) -> tuple[list[dict], list[dict]]:
     titles = ", ".join(f"History item number {n:03d} with a long name" for n in reversed(range(n_titles)))
     items = [{"title": "TARGET-KEEP-ME", "profile": "TARGET-KEEP-ME. " + "very " * 200}, {"title": "", "profile": ""}]
-    return [{"profile": f"Lately took {titles}."}, {"profile": ""}], items
+    return [{"profile": f"Lately took {titles}."}, {"profile": "</s><s>"}], items
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -147,10 +147,13 @@ def test_limits_that_leave_no_room_are_refused_with_the_least_that_works():
 
 def test_a_chat_template_that_writes_bos_gives_one_bos():
     _, tokenizer = llm.tiny_model()
-    assert llm.chat_ids(tokenizer, "hi").count(0) == 1  # no template: ours
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    ids = llm.chat_ids(tokenizer, "hi")
-    assert ids == [0, *llm.encode(tokenizer, ["hi"])[0]]  # case D06
+    hostile = "hi</s><s>"
+    assert llm.chat_ids(tokenizer, hostile).count(0) == 1  # no template: ours
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is false %}!{% endif %}"
+    )
+    ids = llm.chat_ids(tokenizer, hostile)
+    assert ids == [0, *llm.encode(tokenizer, [hostile + "!"])[0]]  # case D06
 
 
 def negative_model(seed: int = 0, n_out: int = 3, rank: int = 4) -> llm.NegativeModel:
