@@ -38,6 +38,7 @@ from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 TINY = "tiny"
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+warnings.filterwarnings("ignore", message="fan_in_fan_out", module="peft")  # of GPT-2's layers, and set right by PEFT
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -186,10 +187,11 @@ def check_rows(name: str, llm: Any) -> None:
 def add_lora(llm: Any, rank: int, alpha: int, dropout: float) -> Any:
     """Wrap `llm` in a fresh PEFT LoRA on the linear layers of its attention (q, k, v and o in most); float32."""
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    names = {name for name, layer in llm.named_modules() if isinstance(layer, linear) and "att" in name}
-    targets = sorted({name.rpartition(".")[2] for name in names})
+    decoder = set(llm.get_decoder().modules())  # a model may see and hear too
+    # By whole names: in GPT-2 the MLP has a c_proj too.
+    names = [n for n, layer in llm.named_modules() if layer in decoder and isinstance(layer, linear) and "att" in n]
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names
     )
     return peft.get_peft_model(llm, config)
 
