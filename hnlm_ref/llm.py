@@ -163,18 +163,24 @@ def memory_estimate(config: Any, dtype: torch.dtype, load_in_4bit: bool = False)
 
 
 @torch.no_grad()
-def check_rows(name: str, llm: Any) -> None:
+def check_rows(name: str, llm: Any, longest: int) -> None:
     """Refuse a model that does not give a continuation in a row the vector that it has alone.
 
     Recurrent and convolutional layers pass a continuation on to the next one, and some models take their positions
-    from the place in the row: their vectors would be wrong, and nothing else would tell.
+    from the place in the row: their vectors would be wrong, and nothing else would tell. So would those of a prompt,
+    of at most `longest` tokens, that is longer than a sliding window: the mask of `embed` is that of full attention.
     """
+    for knob in ("max_position_embeddings", "sliding_window"):
+        if (room := getattr(llm.config.get_text_config(), knob, None)) and longest > room:
+            wanted = f"max_user_tokens and max_item_tokens allow prompts of {longest} tokens; lower them"
+            raise UserError(f"--model {name}: its {knob} is {room}, but {wanted}")
     device, vocabulary = llm.get_input_embeddings().weight.device, llm.get_input_embeddings().num_embeddings
     prefix, *parts = (ids.tolist() for ids in np.split(np.linspace(2, vocabulary - 1, 20).astype(int), (6, 12, 15)))
     kind, reason = llm.config.model_type, ""
     try:
-        together = embed(llm, pack([(prefix, parts)], device))
-        alone = torch.cat([embed(llm, pack([(prefix, [part])], device)) for part in parts])  # [3, d_llm]
+        soft = llm.get_input_embeddings().weight[:2].float().mean(0, keepdim=True)  # [1, d_llm], no word's embedding
+        together = embed(llm, pack([([*prefix, -1], parts)], device), soft)
+        alone = torch.cat([embed(llm, pack([([*prefix, -1], [part])], device), soft) for part in parts])  # [3, d_llm]
         off = float((together - alone).norm() / (alone - alone.mean(0)).norm())
         if not off < (1e-3 if llm.dtype == torch.float32 else 0.2):
             reason = f"vectors of continuations that share a prefix are off by {off:.1%}"

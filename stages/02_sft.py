@@ -90,7 +90,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
 
     # Text vectors of the untuned model, for targets, guards and text-enhanced recommenders.
     base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
-    llm.check_rows(cfg.model, base)
+    llm.check_rows(cfg.model, base, cfg.max_user_tokens + cfg.max_item_tokens)
     if not (out / "user_text.npy").exists():  # in every process, as each may hold a share of the weights
         item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
         if run.manifest("prep")["knobs"]["profiles"] == "template":

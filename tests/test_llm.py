@@ -60,7 +60,7 @@ def random_model(family: str, **knobs):
 )
 def test_attention_is_tuned_whatever_its_layers_are_called(family, knobs, targets):
     base = random_model(family, **knobs)
-    llm.check_rows(family, base)
+    llm.check_rows(family, base, 100)
     lora = llm.add_lora(base, 2, 4, 0.0)
     tuned = {name.partition(".lora_A")[0] for name, _ in lora.named_parameters() if "lora_A" in name}
     assert {name.rpartition(".")[2] for name in tuned} == targets and all("att" in name for name in tuned)
@@ -70,16 +70,19 @@ def test_attention_is_tuned_whatever_its_layers_are_called(family, knobs, target
 
 
 @pytest.mark.parametrize(
-    ("family", "knobs"),
+    ("family", "knobs", "why"),
     [
-        ("lfm2", {"layer_types": ["conv", "full_attention"], "initializer_range": 0.3, "num_key_value_heads": 4}),
-        ("mpt", {"initializer_range": 0.3}),  # takes positions from the place in the row
-        ("bloom", {}),  # knows no mask of who sees whom
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "initializer_range": 0.3, "num_key_value_heads": 4}, ""),
+        ("mpt", {"initializer_range": 0.3}, "off"),  # takes positions from the place in the row
+        ("bloom", {}, "bloom models cannot be used here .*Llama"),  # knows no mask of who sees whom
+        ("gemma4_text", {"num_key_value_heads": 4, "head_dim": 8}, "input_ids"),  # takes no vector that is no word's
+        ("mistral", {"sliding_window": 99, "num_key_value_heads": 4}, "sliding_window is 99, .* of 100 tokens"),
+        ("gpt2", {"n_positions": 99}, "max_position_embeddings is 99, .* of 100 tokens"),
     ],
 )
-def test_models_in_which_continuations_of_one_row_would_meet_are_refused(family, knobs):
-    with pytest.raises(UserError, match=f"--model here/it: {family} models cannot be used here .*Llama"):
-        llm.check_rows("here/it", random_model(family, **knobs))
+def test_models_whose_vectors_would_be_wrong_are_refused(family, knobs, why):
+    with pytest.raises(UserError, match=f"--model here/it: .*{why}"):
+        llm.check_rows("here/it", random_model(family, **knobs), 100)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
