@@ -124,6 +124,8 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
     known = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > known:
         raise UserError(f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens, the model knows {known}")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: its tokenizer names no eos_token; write one into tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -228,7 +230,7 @@ def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
 def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The beginning and the end of every sequence: one BOS where the tokenizer has one, one EOS (cases D05, D06)."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return [] if bos is None else [bos], [] if eos is None else [eos]
+    return [] if bos is None else [bos], [eos]
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

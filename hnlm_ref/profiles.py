@@ -58,6 +58,12 @@ def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[in
     prompts = sorted(
         ((number, chat_ids(tokenizer, text)) for number, text in questions), key=lambda p: (len(p[1]), p[0])
     )
+    longest, room = len(prompts[-1][1]), getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
+    if longest + cfg.max_new_tokens > room:
+        raise UserError(
+            f"a question of {longest} tokens and max_new_tokens {cfg.max_new_tokens} are more than the {room} places "
+            "of the model; lower profile_titles, text_chars or review_chars of prep"
+        )
     for start in range(0, len(prompts), cfg.ask_batch_size):
         some = prompts[start : start + cfg.ask_batch_size]
         texts = generate_texts(llm, tokenizer, [ids for _, ids in some], cfg.max_new_tokens)

@@ -13,6 +13,7 @@ import transformers
 from hnlm_ref import llm
 from hnlm_ref.artifacts import load_json, save_json
 from hnlm_ref.console import UserError
+from hnlm_ref.profiles import AskConfig, ask_local
 from hnlm_ref.prompts import QUERY_USER, fill
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -314,11 +315,13 @@ def test_a_model_folder_loads_offline_without_a_pad_token_and_says_its_size(tmp_
         ({"vocab_size": 300}, r"2 weights .* another shape, for example lm_head\.weight"),
         ({}, "deserializing"),  # cut off
         (None, "its tokenizer has 258 tokens, the model knows 100"),
+        ({"eos_token": None}, "its tokenizer names no eos_token"),
     ],
 )
 def test_a_model_folder_that_does_not_fit_together_is_refused(tmp_path, knobs, message):
     save_tiny(tmp_path)
-    config, file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    file = tmp_path / "model.safetensors"
+    config = tmp_path / ("tokenizer_config.json" if "eos_token" in (knobs or {}) else "config.json")
     save_json(config, load_json(config) | (knobs or {}))
     if knobs == {}:
         file.write_bytes(file.read_bytes()[:-99])
@@ -352,6 +355,9 @@ def test_generated_texts_do_not_depend_on_the_batch():
     assert together == [llm.generate_texts(base, tokenizer, [ids], 8)[0] for ids in prompts]
     expected = base.generate(torch.tensor([prompts[0]]), max_new_tokens=8, do_sample=False)[0, len(prompts[0]) :]
     assert together[0] == tokenizer.decode(expected, skip_special_tokens=True)
+    base.config.max_position_embeddings = 20
+    with pytest.raises(UserError, match=r"a question of 13 tokens and max_new_tokens 8 are more than the 20 places"):
+        list(ask_local(base, tokenizer, AskConfig(max_new_tokens=8), [(0, "a"), (1, "a question w")]))
 
 
 def test_a_whole_run_prints_its_own_lines_to_stderr_and_no_library_warns(toy_run):
