@@ -211,7 +211,10 @@ def main(cfg: SftConfig, run: Run) -> dict:
             model.eval()
             h, _, _, i, j = (torch.cat(x) for x in zip(*map(read, chunks(users[: cfg.probe_users])), strict=True))
         unit = torch.nn.functional.normalize(targets, dim=1)
-        model.head.solve(h, torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i])
+        wanted = torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i]  # [B, d_out]
+        if (wanted == wanted[0]).all():
+            raise UserError(f"{len(h)} pairs tell the head nothing; raise n_users, pairs_per_user or probe_users")
+        model.head.solve(h, wanted)
         state["log"].append({"step": 0, "head": "solved", **look()})
         say("\n".join(f"[sft] {line}" for line in state["log"]))
         state["best"], best = state["log"][1]["held_out_objective"], {name: t.clone() for name, t in learnt.items()}
@@ -242,10 +245,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
             seen = accelerate.utils.reduce(
                 torch.tensor([state["sum"], state["n"]], dtype=torch.float64, device=device), "sum"
             ).tolist()
-            line = {"step": state["step"], "loss": round(seen[0] / seen[1], 6)}
-            state["log"].append(line | look())
+            state["log"].append({"step": state["step"], "loss": round(seen[0] / seen[1], 6), **look()})
             state |= {"sum": 0.0, "n": 0}
             say(f"[sft] {state['log'][-1]}")
+            if not np.isfinite(list(state["log"][-1].values())).all():
+                raise UserError(f"step {state['step']}: a loss is not finite; lr {cfg.lr} may be too large")  # case E11
             if state["log"][-1]["held_out_objective"] < state["best"]:
                 state["best"], state["bad_looks"] = state["log"][-1]["held_out_objective"], 0
                 best = {name: t.clone() for name, t in learnt.items()}

@@ -199,11 +199,13 @@ def test_triplets_hold_out_whole_users_and_no_prompt_names_an_unseen_item(undist
         assert t["positive"] not in train.row(t["user"])
 
 
-def test_a_window_without_ranks_and_a_missing_model_are_told(toy_run, tmp_path):
+def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
     run = with_prep(toy_run, tmp_path)
     for words, message in (
         (("--rank-from", 9, "--rank-to", 9), "leave no rank to mine from"),
         (("--model", "no/such/model"), "--model no/such/model"),
+        (("--pairs-per-user", 1, "--probe-users", 1), "1 pairs tell the head nothing; raise .* probe_users"),
+        (("--lr", 1e30, "--eval-every", 2), r"step 2: a loss is not finite; lr 1e\+30 may be too large"),  # case E11
     ):
         with pytest.raises(UserError, match=message):
             run_stage("sft", run, *words)
