@@ -26,7 +26,7 @@ from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import knob
 from hnlm_ref.prompts import PROFILE_KEY, Reply, item_profile_prompt, parse_reply, user_profile_prompt
 
-Answers = Iterator[tuple[int, str | None]]  # (number of the question, what was said or None), in any order
+Answers = Iterator[tuple[int, str | Exception]]  # (number of the question, what was said or why not), in any order
 BACK_OFF = 1.0  # seconds before the second try
 
 
@@ -71,7 +71,7 @@ def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[in
 
 
 def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
-    """Several requests at once, each retried with back-off; None when the server had no answer in the end.
+    """Several requests at once, each retried with back-off; the last error when the server had no answer in the end.
 
     Ends early when none of the first 2 * concurrency questions was answered: the server is down.
     A key is read from the environment variable OPENAI_API_KEY. A refused request (4xx) is a UserError: the next one
@@ -79,10 +79,11 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
     """
     url = f"{(cfg.endpoint or '').rstrip('/')}/chat/completions"
     headers, stop = {"Content-Type": "application/json"}, threading.Event()
-    if key := os.environ.get("OPENAI_API_KEY"):
+    if key := os.environ.get("OPENAI_API_KEY", "").strip():
         headers["Authorization"] = f"Bearer {key}"
 
-    def ask_one(text: str) -> str | None:
+    def ask_one(text: str) -> str | Exception:
+        failure: Exception = TimeoutError("given up")
         body: dict[str, Any] = {"model": cfg.endpoint_model, "messages": [{"role": "user", "content": text}]}
         body |= {"max_tokens": cfg.max_new_tokens, "temperature": 0.0, "seed": 0}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -94,13 +95,17 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
                     content = json.load(reply)["choices"][0]["message"]["content"] or ""
                 if isinstance(content, str):
                     return content
+                failure = TypeError(f"the content is a {type(content).__name__}, not a text")
             except urllib.error.HTTPError as error:
+                failure = error
                 if error.code < 500 and error.code not in (408, 429):
-                    detail = error.read(200).decode(errors="replace").strip()
+                    detail = ""
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        detail = error.read(200).decode(errors="replace").strip()
                     raise UserError(f"{url} refused the request: {error.code} {error.reason} {detail}") from error
-            except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException):
-                pass  # no connection, time-out, broken answer: worth another try
-        return None
+            except (OSError, ValueError, TypeError, LookupError, RecursionError, http.client.HTTPException) as error:
+                failure = error  # no connection, time-out, broken answer: worth another try
+        return failure
 
     with ThreadPoolExecutor(cfg.concurrency) as pool:
         running = {pool.submit(ask_one, text): number for number, text in questions}
@@ -108,7 +113,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
-                n_failed += 1 if done.result() is None else -math.inf
+                n_failed += 1 if isinstance(done.result(), Exception) else -math.inf
                 if n_failed >= 2 * cfg.concurrency:
                     return
         finally:
@@ -143,13 +148,15 @@ def ask(
     with part.open("a", encoding="utf-8", newline="\n") as file:
         for number, raw in progress(answer(missing) if missing else (), total=len(missing), desc=path.stem):
             title = titles[number] if titles else None
-            reply = Reply("failed", None, "") if raw is None else parse_reply(raw, key, title)
+            failed = isinstance(raw, Exception)
+            reply = Reply("failed", None, f"{type(raw).__name__}: {raw}") if failed else parse_reply(raw, key, title)
             said = {name: text and no_half_characters(text) for name, text in vars(reply).items()}
             replies[number] = Reply(**said)
             file.write(json.dumps({"number": number, **said}, ensure_ascii=False) + "\n")
             file.flush()
     if missing and (len(replies) < len(questions) or all(reply.status == "failed" for reply in replies.values())):
-        raise UserError(f"no question of {len(missing)} was answered; is the server up? Nothing is lost: start again")
+        what = f"no question of {len(missing)} was answered ({reply.raw})"
+        raise UserError(f"{what}; is the server up? Nothing is lost: start again")
     found = [replies[n] for n in range(len(questions))]
     save_jsonl(path, (who | vars(reply) for who, reply in zip(about, found, strict=True)))
     part.unlink()

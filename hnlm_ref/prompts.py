@@ -88,7 +88,7 @@ class Reply:
     status  ok | bad (no complete JSON object with a text under the key, or the question's own example repeated) |
             no_negative (null, blank or "none") | is_positive (names the item that was given) | failed (no answer)
     text    the answer if ok, else None: nothing ever stands in for a missing answer (cases D02, D20)
-    raw     what the model wrote
+    raw     what the model wrote; why it did not, if failed
     """
 
     status: str

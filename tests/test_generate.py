@@ -192,11 +192,12 @@ def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path
     def answer(questions):
         for number, text in questions:
             asked.append(number)
-            yield number, None if text == "u2" and asked.count(number) == 1 else said(text)
+            yield number, OSError("busy") if text == "u2" and asked.count(number) == 1 else said(text)
 
     path, about = tmp_path / "texts.jsonl", [{"user": 1}, {"user": 2}]
     replies = profiles.ask(["u1", "u2"], about, path, answer, prompts.NEGATIVE_KEY)
     assert [(r.status, r.text) for r in replies] == [("ok", "u1"), ("failed", None)]  # case D20
+    assert replies[1].raw == "OSError: busy"
     # a killed run: two answers, one failed, one half-written line
     part = tmp_path / "texts.jsonl.part"
     part.write_text(
@@ -229,9 +230,13 @@ class Server(BaseHTTPRequestHandler):
         steps = Server.plan.get(text, [])
         status = steps[min([t for t, *_ in Server.seen].count(text), len(steps)) - 1] if steps else 200
         body = json.dumps({"choices": [{"message": {"content": said(text, Server.key)}}]})
-        body, status, length = (status, 200, 99) if isinstance(status, str) else (body, status, len(body))
+        length = 0
+        if isinstance(status, str):
+            body, status, length = status, 200, 99
+        Server.key_sent = self.headers["Authorization"]
         self.send_response(status)
-        self.send_header("Content-Length", str(length))
+        length = "Content-Length", str(max(len(body), length))
+        self.send_header(*(("Transfer-Encoding", "chunked") if status == 418 else length))
         self.end_headers()
         self.wfile.write(body.encode())
 
@@ -260,24 +265,27 @@ def test_a_server_is_asked_again_after_a_busy_answer_and_given_up_in_the_end(ser
     assert {(limit, path) for _, limit, path in Server.seen} == {(9, "/v1/chat/completions")}
 
 
-def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path):
-    Server.plan = {"a": [401]}
+def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk\n")
     ask = partial(profiles.ask, ["a"], [{}], tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
-    with pytest.raises(UserError, match="refused the request: 401"):
-        ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint=server)))
-    with pytest.raises(UserError, match="is the server up"):
+    for status in (401, 418):  # 418: and the reason cannot be read
+        Server.plan = {"a": [status]}
+        with pytest.raises(UserError, match=f"refused the request: {status}"):
+            ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint=server)))
+    assert Server.key_sent == "Bearer sk"
+    with pytest.raises(UserError, match=r"was answered \(URLError: .*refused.*\); is the server up"):
         ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint="http://127.0.0.1:9/v1", n_retries=1)))
     assert not (tmp_path / "t.jsonl").exists()
 
 
 def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server, tmp_path):
     bodies = ['{"choices": null}', '{"choices": [{"message": {"content": ["x"]}}]}', "[]"]
-    Server.plan = {"a": [*(body.ljust(99) for body in bodies), "cut", 200], "b": ["cut"]}
-    cfg = profiles.AskConfig(endpoint=server, n_retries=4)
+    Server.plan = {"a": [*(body.ljust(99) for body in bodies), "[" * 99_999, "cut", 200], "b": ["cut"]}
+    cfg = profiles.AskConfig(endpoint=server, n_retries=5)
     ask = partial(profiles.ask, ["a", "b", "\ud83d"], [{}] * 3, tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
     replies = ask(answer=partial(profiles.ask_server, cfg))
     assert [(r.status, r.text) for r in replies] == [("ok", "a"), ("failed", None), ("ok", "\ufffd")]
-    assert sorted(text for text, *_ in Server.seen).count("a") == len(bodies) + 2
+    assert sorted(text for text, *_ in Server.seen).count("a") == len(bodies) + 3
 
 
 def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
@@ -286,7 +294,7 @@ def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
     assert len(list(answer([(n, "a") for n in range(99)]))) == 4  # 2 * concurrency
     kept = {"number": 0, "status": "ok", "text": "kept", "raw": "r"}
     (tmp_path / "t.jsonl.part").write_text(json.dumps(kept) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"no question of 98 was answered; is the server up\?"):
+    with pytest.raises(UserError, match=r"no question of 98 was answered \(HTTPError: .*500.*\); is the server up\?"):
         profiles.ask(["a"] * 99, [{}] * 99, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY)
     assert "kept" in (tmp_path / "t.jsonl.part").read_text(encoding="utf-8")
 
