@@ -46,12 +46,13 @@ def mine_triplets(
 
 
 def choose_pairs(train: Csr, pairs_per_user: int, seed: int) -> np.ndarray:
-    """Training pairs by user and item number, at most n of each user, int32 [N, 2]."""
+    """Training pairs by user and item number, at most n of each user who has not taken every item, int32 [N, 2]."""
     pairs = train.pairs()
+    free = train.degrees()[pairs[:, 0]] < train.n_cols
     order = np.random.default_rng(seed).permutation(len(pairs))
     order = order[np.argsort(pairs[order, 0], kind="stable")]  # users in order, their pairs shuffled
     place = np.arange(len(pairs)) - np.repeat(train.indptr[:-1], train.degrees())  # of a pair among its user's
-    return pairs[np.sort(order[place < (pairs_per_user or len(pairs))])]
+    return pairs[np.sort(order[free[order] & (place < (pairs_per_user or len(pairs)))])]
 
 
 def with_best_ranked(taken: Csr, cf: tuple[np.ndarray, np.ndarray], n: int, n_threads: int = 0) -> Csr:

@@ -74,6 +74,8 @@ def fit(
         state, best = load_checkpoint(checkpoint, optimiser, model)
         done = Fit(**state)
         say(f"going on after epoch {done.epoch}")
+    if not len(pairs):
+        raise UserError("nothing to train on: no user has a training item and another item as a negative")
     users = np.ascontiguousarray(pairs[:, 0])
     all_users, all_items = (torch.from_numpy(column.astype(np.int64)).to(device) for column in pairs.T)
     for epoch in progress(range(done.epoch + 1, n_epochs + 1), desc="epochs", unit="epoch"):

@@ -99,7 +99,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         raise UserError("--mode text: one process asks, and needs the whole model; start it without --use_fsdp")
     if cfg.mode == "text" and not team.is_main_process:
         return {}  # questions go to a server, or to the model of the first process
-    counts: dict[str, Any] = {}
+    counts: dict[str, Any] = {"users who took every item": int((prep.train.degrees() == prep.n_items).sum())}
     timing: dict[str, float] = {}
 
     # The model is that of tuning, and so are the prompts.

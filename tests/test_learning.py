@@ -134,6 +134,9 @@ def test_the_first_loss_that_is_not_finite_stops_and_the_checkpoint_stays(tmp_pa
     mended = Training()
     assert [line["epoch"] for line in mended.fit(checkpoint=checkpoint, n_epochs=3).log] == [1, 2, 3]
     assert {batch.epoch for batch in mended.batches} == {3}
+    training.train = Csr.from_pairs([0, 0], [0, 1], 1, 2)  # no item left as a negative
+    with pytest.raises(UserError, match="nothing to train on: no user has"):
+        training.fit()
 
 
 def test_a_resumed_training_ends_with_the_same_bytes(tmp_path):

@@ -106,6 +106,8 @@ def test_pairs_are_all_or_n_of_each_user_in_order():
         assert chosen[:, 0].tolist() == [0, 0, 2, 2] and chosen[2:].tolist() == [[2, 0], [2, 2]]
         assert chosen.tolist() == sorted(chosen.tolist()) and set(chosen[:2, 1]) < {1, 3, 4}
     assert len({tuple(choose_pairs(train, 2, seed)[:2, 1]) for seed in range(20)}) == 3  # any two of three
+    full = Csr.from_pairs([0, 1, 1, 2], [1, 0, 1, 0], 3, 2)  # user 1 has no item left as a negative
+    assert choose_pairs(full, 0, seed=1).tolist() == choose_pairs(full, 1, seed=1).tolist() == [[0, 1], [2, 0]]
 
 
 def test_the_best_ranked_items_not_taken_join_the_items_taken():
