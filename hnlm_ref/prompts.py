@@ -53,7 +53,7 @@ def fill(template: str, **words: str) -> str:
 def item_words(item: dict) -> str:
     """Title and profile P_v of an item; a template profile begins with the title, which is then not repeated."""
     title, profile = item["title"], item["profile"]
-    if not title or not profile.startswith(title):
+    if not title or not f"{profile}. ".startswith(f"{title}. "):
         return f"{title or NO_TITLE}. {profile}".removesuffix(". ")
     return profile
 

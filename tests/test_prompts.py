@@ -71,7 +71,9 @@ def test_a_missing_title_is_named_as_missing_and_a_title_is_not_repeated():
     assert prompts.item_words({"title": "", "profile": "Drama"}) == "an item without title. Drama"
     assert prompts.item_words({"title": "", "profile": ""}) == "an item without title"
     assert prompts.item_words({"title": "Up", "profile": "Up. Comedy"}) == "Up. Comedy"
+    assert prompts.item_words({"title": "Up", "profile": "Up"}) == "Up"
     assert prompts.item_words({"title": "Up", "profile": "For children."}) == "Up. For children."
+    assert prompts.item_words({"title": "Up", "profile": "Uplifting fun."}) == "Up. Uplifting fun."
 
 
 def test_a_user_prompt_lists_the_history_and_only_the_users_own_reviews():
