@@ -77,6 +77,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if cfg.rank_to <= cfg.rank_from:
         raise UserError(f"rank_from {cfg.rank_from} and rank_to {cfg.rank_to} leave no rank to mine from")
     prep, out, device = run.prep(), run.out, run.device
+    texts = [item_words(item) for item in prep.items]
+    if len(set(texts)) == 1 and (cfg.target == "text" or cfg.guard_threshold is not None):
+        raise UserError(f"target text and guard_threshold need texts; every item is {texts[0]!r}, see prep's --items")
     llm.set_threads(run.n_threads)
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the steps: one, unless launched so
 
@@ -92,7 +95,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
     llm.check_rows(cfg.model, base, cfg.max_user_tokens + cfg.max_item_tokens)
     if not (out / "user_text.npy").exists():  # in every process, as each may hold a share of the weights
-        item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
+        item_text = llm.text_vectors(base, tokenizer, texts)
         if run.manifest("prep")["knobs"]["profiles"] == "template":
             # Choice: a template profile is a list of titles; its vector is the mean of the user's training items.
             rows, items = prep.train.pairs().T

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hnlm_ref import llm, losses
-from hnlm_ref.artifacts import Csr, Prep, load_json, load_jsonl, load_npy, save_json
+from hnlm_ref.artifacts import Csr, Prep, load_json, load_jsonl, load_npy, save_json, save_jsonl
 from hnlm_ref.cli import load_stage, stage_file
 from hnlm_ref.console import UserError
 from hnlm_ref.negatives import choose_pairs, mine_triplets, quality, with_best_ranked
@@ -212,6 +212,11 @@ def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
         with pytest.raises(UserError, match=message):
             run_stage("sft", run, *words)
         assert not (run / "sft").exists()
+    items = load_jsonl(run / "prep" / "items.jsonl")
+    save_jsonl(run / "prep" / "items.jsonl", ({**item, "title": "", "profile": ""} for item in items))
+    for words in (("--target", "text"), ("--guard-threshold", 1)):
+        with pytest.raises(UserError, match="need texts; every item is 'an item without title'"):
+            run_stage("sft", run, *words)
 
 
 def test_at_most_a_quarter_of_the_users_is_held_out(toy_run, tmp_path):
