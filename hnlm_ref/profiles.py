@@ -180,8 +180,9 @@ def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: R
         about.append({"user": u})
     answer: Callable[..., Answers] = partial(ask_server, cfg)
     if cfg.endpoint is None:
-        from hnlm_ref.llm import load_llm
+        from hnlm_ref.llm import load_llm, set_threads
 
+        set_threads(run.n_threads)
         llm, tokenizer = load_llm(model, run.device)
         answer = partial(ask_local, llm, tokenizer, cfg)
     replies = ask(questions, about, run.out / "profiles.jsonl", answer, PROFILE_KEY)

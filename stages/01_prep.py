@@ -170,7 +170,9 @@ def compare(readings: dict[str, tuple[int, int, int]], published: tuple[int, ...
 
 
 def files(cfg: PrepConfig) -> list[str]:
-    return [name for name in (cfg.interactions, cfg.items, cfg.valid_file, cfg.test_file) if name not in (None, "toy")]
+    model = cfg.profile_model if cfg.profiles == "llm" and cfg.endpoint is None else None
+    names = (cfg.interactions, cfg.items, cfg.valid_file, cfg.test_file, model)
+    return [name for name in names if name not in (None, "toy", "tiny")]
 
 
 command = stage_command("prep", PrepConfig, main, files=files)

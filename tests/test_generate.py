@@ -333,3 +333,23 @@ def test_llm_profiles_are_each_ones_own_or_empty(server, tmp_path):
     assert len(named) == 2 and set(named) <= set(train.tolist())  # cases A20, D20
     counts = load_json(tmp_path / "prep" / "manifest.json")["counts"]
     assert counts["profiles ok"] == len(items) + 60 - 1 and counts["profiles failed"] == 1
+
+
+def test_profiles_by_a_local_model_keep_to_the_threads_and_are_written_anew_when_the_model_changes(tmp_path):
+    model, tokenizer = llm.tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ("--profiles", "llm", "--profile-model", tmp_path / "model", "--max-new-tokens", 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        run_stage("prep", tmp_path, *words)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    manifest = tmp_path / "prep" / "manifest.json"
+    key = load_json(manifest)["key"]
+    next(model.parameters()).data.add_(1)
+    model.save_pretrained(tmp_path / "model")
+    run_stage("prep", tmp_path, *words)
+    assert load_json(manifest)["key"] != key and load_json(manifest)["counts"]["profiles bad"] == 140
