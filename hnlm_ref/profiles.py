@@ -14,7 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -51,8 +51,10 @@ class AskConfig:
         raise UserError(f"endpoint {self.endpoint!r} is no address of a server; write one like {like}")
 
 
-def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
-    """Greedy answers in batches of prompts of like length."""
+def ask_local(
+    llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()
+) -> Answers:
+    """Greedy answers in batches of prompts of like length; batches are those of all questions, whichever are `done`."""
     from hnlm_ref.llm import chat_ids, generate_texts
 
     prompts = sorted(
@@ -65,12 +67,14 @@ def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[in
             "of the model; lower profile_titles, text_chars or review_chars of prep"
         )
     for start in range(0, len(prompts), cfg.ask_batch_size):
-        some = prompts[start : start + cfg.ask_batch_size]
-        texts = generate_texts(llm, tokenizer, [ids for _, ids in some], cfg.max_new_tokens)
-        yield from zip([number for number, _ in some], texts, strict=True)
+        some = dict(prompts[start : start + cfg.ask_batch_size])
+        if left := [number for number in some if number not in done]:
+            texts = generate_texts(llm, tokenizer, list(some.values()), cfg.max_new_tokens)
+            said = dict(zip(some, texts, strict=True))
+            yield from ((number, said[number]) for number in left)
 
 
-def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
+def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()) -> Answers:
     """Several requests at once, each retried with back-off; the last error when the server had no answer in the end.
 
     Ends early when none of the first 2 * concurrency questions was answered: the server is down.
@@ -108,12 +112,12 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]]) -> Answers:
         return failure
 
     with ThreadPoolExecutor(cfg.concurrency) as pool:
-        running = {pool.submit(ask_one, text): number for number, text in questions}
+        running = {pool.submit(ask_one, text): number for number, text in questions if number not in done}
         n_failed: float = 0  # minus infinity once there was an answer
         try:
-            for done in as_completed(running):
-                yield running[done], done.result()
-                n_failed += 1 if isinstance(done.result(), Exception) else -math.inf
+            for future in as_completed(running):
+                yield running[future], future.result()
+                n_failed += 1 if isinstance(future.result(), Exception) else -math.inf
                 if n_failed >= 2 * cfg.concurrency:
                     return
         finally:
@@ -125,7 +129,7 @@ def ask(
     questions: list[str],
     about: list[dict],
     path: Path,
-    answer: Callable[[list[tuple[int, str]]], Answers],
+    answer: Callable[[list[tuple[int, str]], Container[int]], Answers],
     key: str,
     titles: list[str] | None = None,
 ) -> list[Reply]:
@@ -144,9 +148,11 @@ def ask(
         for row in kept:
             number = row.pop("number")
             replies[number] = Reply(**row)
-    missing = [(n, text) for n, text in enumerate(questions) if n not in replies]
+    done = set(replies)
+    missing = len(questions) - len(done)
     with part.open("a", encoding="utf-8", newline="\n") as file:
-        for number, raw in progress(answer(missing) if missing else (), total=len(missing), desc=path.stem):
+        answers = answer(list(enumerate(questions)), done) if missing else ()
+        for number, raw in progress(answers, total=missing, desc=path.stem):
             title = titles[number] if titles else None
             failed = isinstance(raw, Exception)
             reply = Reply("failed", None, f"{type(raw).__name__}: {raw}") if failed else parse_reply(raw, key, title)
@@ -155,7 +161,7 @@ def ask(
             file.write(json.dumps({"number": number, **said}, ensure_ascii=False) + "\n")
             file.flush()
     if missing and (len(replies) < len(questions) or all(reply.status == "failed" for reply in replies.values())):
-        what = f"no question of {len(missing)} was answered ({reply.raw})"
+        what = f"no question of {missing} was answered ({reply.raw})"
         raise UserError(f"{what}; is the server up? Nothing is lost: start again")
     found = [replies[n] for n in range(len(questions))]
     save_jsonl(path, (who | vars(reply) for who, reply in zip(about, found, strict=True)))

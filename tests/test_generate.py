@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -189,8 +190,8 @@ def said(title: str, key: str = prompts.NEGATIVE_KEY) -> str:
 def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path):
     asked = []
 
-    def answer(questions):
-        for number, text in questions:
+    def answer(questions, done):
+        for number, text in (question for question in questions if question[0] not in done):
             asked.append(number)
             yield number, OSError("busy") if text == "u2" and asked.count(number) == 1 else said(text)
 
@@ -214,6 +215,25 @@ def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path
     assert [(r.status, r.text) for r in replies] == [("ok", "kept"), ("ok", "u2"), ("ok", "u3")]
     assert [(row["user"], row["text"]) for row in load_jsonl(path)] == [(1, "kept"), (2, "u2"), (3, "u3")]
     assert not part.exists()
+
+
+def test_a_local_model_goes_on_with_the_batches_it_was_stopped_in(monkeypatch, tmp_path):
+    """In bfloat16 an answer may depend on what shares its batch."""
+    together = lambda _llm, _tokenizer, batch, _limit: [said(f"{len(ids)} of {len(batch)}") for ids in batch]  # noqa: E731
+    monkeypatch.setattr(llm, "generate_texts", together)
+    questions, cfg = ["x" * (n % 5) for n in range(10)], profiles.AskConfig(ask_batch_size=4)
+    local = partial(profiles.ask_local, *llm.tiny_model(), cfg)
+
+    def stopped(questions, done):
+        yield from islice(local(questions, done), 6)
+        raise KeyboardInterrupt
+
+    whole, again = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
+    profiles.ask(questions, [{}] * 10, whole, local, prompts.NEGATIVE_KEY)
+    with pytest.raises(KeyboardInterrupt):
+        profiles.ask(questions, [{}] * 10, again, stopped, prompts.NEGATIVE_KEY)
+    profiles.ask(questions, [{}] * 10, again, local, prompts.NEGATIVE_KEY)
+    assert whole.read_bytes() == again.read_bytes()
 
 
 class Server(BaseHTTPRequestHandler):
