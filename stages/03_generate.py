@@ -85,6 +85,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
 
     from hnlm_ref import _core, llm, negatives, profiles, prompts
 
+    if cfg.mode == "text" and cfg.match == "title" and cfg.max_similarity < 1:
+        raise UserError(f"max_similarity {cfg.max_similarity}: titles have no upper limit; take --match vector")
     if cfg.min_similarity > cfg.max_similarity:
         raise UserError(f"min_similarity {cfg.min_similarity} is above max_similarity {cfg.max_similarity}: no match")
     prep, sft, out, device = run.prep(), run.folder("sft"), run.out, run.device
@@ -95,10 +97,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     )
     llm.set_threads(run.n_threads)
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the rows: one, unless launched so
-    if cfg.mode == "text" and llm.sharded():
-        raise UserError("--mode text: one process asks, and needs the whole model; start it without --use_fsdp")
-    if cfg.mode == "text" and not team.is_main_process:
-        return {}  # questions go to a server, or to the model of the first process
+    if cfg.mode == "text" and team.num_processes > 1:  # the others would wait for it longer than torch lets them
+        raise UserError("--mode text: one process asks; start it without torchrun or accelerate launch")
     counts: dict[str, Any] = {"users who took every item": int((prep.train.degrees() == prep.n_items).sum())}
     timing: dict[str, float] = {}
 

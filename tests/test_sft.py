@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -328,10 +330,13 @@ def test_sharded_weights_are_half_in_each_of_two_processes(tmp_path):
     assert sorted(told.splitlines()) == [f"process {n}: {here}" for n in range(2)], error
 
 
-def test_what_cannot_be_sharded_is_refused(toy_run, tmp_path, monkeypatch):
+def test_what_cannot_be_shared_is_refused(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(llm, "sharded", lambda: True)
     with pytest.raises(UserError, match=r"no --use_fsdp; the model is any, on cuda"):
         llm.load_llm("any", "cuda", load_in_4bit=True)
     shutil.copytree(toy_run, tmp_path / "run")
-    with pytest.raises(UserError, match=r"--mode text: .* without --use_fsdp"):
+    monkeypatch.setattr(accelerate, "PartialState", lambda cpu: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match=r"--mode text: .* without torchrun"):
         run_stage("generate", tmp_path / "run", "--mode", "text")
+    with pytest.raises(UserError, match=r"max_similarity 0\.5: titles have no upper limit"):
+        run_stage("generate", tmp_path / "run", "--mode", "text", "--match", "title", "--max-similarity", 0.5)
