@@ -127,9 +127,10 @@ def main(cfg: SftConfig, run: Run) -> dict:
     )
     # Choice: at most a quarter of the users is held out, so that a small log can be tuned on too.
     held_out = list(mined)[: min(cfg.held_out_users, max(len(mined) // 4, 1))]
-    users = [u for u in mined if u not in held_out]
+    users = [u for u in mined if u not in held_out][: cfg.n_users or len(mined)]
     if not users:
         raise UserError(f"only {len(mined)} users have triplets; at least one to tune on and one held out are needed")
+    mined = {u: mined[u] for u in (*held_out, *users)}
     if team.is_main_process:
         triplets = (
             {"user": u, "item": i, "positive": j, "negative": i, "held_out": u in held_out}

@@ -223,9 +223,11 @@ def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
 
 def test_at_most_a_quarter_of_the_users_is_held_out(toy_run, tmp_path):
     run = with_prep(toy_run, tmp_path)
-    run_stage("sft", run, "--held-out-users", 60, "--n-epochs", 0)
-    held_out = [t["user"] for t in load_jsonl(run / "sft" / "triplets.jsonl") if t["held_out"]]
-    assert len(set(held_out)) == 15  # of 60
+    for n_users, n_seen, n_held_out in ((0, 60, 15), (2, 17, 15)):
+        run_stage("sft", run, "--held-out-users", 60, "--n-epochs", 0, "--n-users", n_users)
+        triplets = load_jsonl(run / "sft" / "triplets.jsonl")
+        assert len({t["user"] for t in triplets}) == n_seen
+        assert len({t["user"] for t in triplets if t["held_out"]}) == n_held_out
 
 
 def test_transfer_keeps_the_tuned_weights_and_solves_a_head_of_its_own(toy_run, cli, tmp_path):
