@@ -148,7 +148,11 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
                 f"none of {len(replies)} answers names an item ({counts['statuses']}); see {out / 'texts.jsonl'}"
             )
         pairs = pairs[[reply.text is not None for reply in replies]]
-        h = llm.text_vectors(base, tokenizer, said).astype(np.float16)
+        # Around the mean of the catalogue's titles: around their own, two answers would be each other's opposite.
+        vectors = llm.text_vectors(
+            base, tokenizer, [*(item["title"] or prompts.NO_TITLE for item in prep.items), *said]
+        )
+        h = (vectors[prep.n_items :] - vectors[: prep.n_items].mean(axis=0)).astype(np.float16)
     save_npy(out / "pairs.npy", pairs)
     save_npy(out / "embeddings.npy", h)
 
@@ -164,7 +168,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             said, catalogue, users, *refused, cfg.n_matches, max(cfg.min_similarity, 0.0)
         )
     else:
-        z = llm.apply_head(model, h) if tuned else h.astype(np.float32) - h.mean(axis=0, dtype=np.float32)  # [N, d_out]
+        around = 0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32)
+        z = llm.apply_head(model, h) if tuned else h.astype(np.float32) - around  # [N, d_out]
         band = cfg.min_similarity, cfg.max_similarity
         matches, scores = _core.match_items(
             z, item_vectors, users, *refused, cfg.n_matches, *band, run.n_threads

@@ -22,6 +22,7 @@ from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
 from hnlm_ref.knobs import load_preset
+from hnlm_ref.negatives import choose_pairs
 
 generate, start = partial(run_stage, "generate"), partial(start_stage, "generate")
 
@@ -328,6 +329,22 @@ def test_text_mode_keeps_only_pairs_with_an_answer_and_counts_the_rest(server, t
     counts = load_json(run / "generate" / "manifest.json")["counts"]
     assert counts["statuses"] == {"ok": 60} and counts["pairs"] == 60
     assert load_npy(run / "generate" / "embeddings.npy").shape == (60, 32)
+
+
+@pytest.mark.parametrize("n_answers", [1, 2])
+def test_a_title_of_the_catalogue_matches_its_item_however_few_the_answers(
+    server, toy_run, tmp_path, monkeypatch, n_answers
+):
+    run = with_inputs(toy_run, tmp_path)
+    prep = Run(run).prep()
+    wanted = []
+    for u, i in choose_pairs(prep.train, 1, 0)[:n_answers]:
+        wanted.append(next(j for j in range(len(wanted), 80) if j not in prep.train.row(u)))
+        reply = {"choices": [{"message": {"content": said(prep.items[wanted[-1]]["title"])}}]}
+        Server.plan[prompts.negative_prompt(prep.users[u], prep.items[i])] = [json.dumps(reply).ljust(99)]
+    monkeypatch.setattr(Server, "key", "another")  # no answer to the other questions
+    generate(run, "--mode", "text", "--endpoint", server, "--pairs-per-user", 1)
+    assert load_npy(run / "generate" / "matches.npy")[:, 0].tolist() == wanted
 
 
 def test_text_mode_with_a_model_that_cannot_write_json_says_so_and_leaves_nothing(toy_run, tmp_path):
