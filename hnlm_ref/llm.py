@@ -421,13 +421,15 @@ class NegativeModel(nn.Module):
     def __init__(self, llm: Any, cf_user: np.ndarray, cf_item: np.ndarray, d_out: int):
         super().__init__()
         self.llm = llm
-        device = llm.get_input_embeddings().weight.device
+        embedding = llm.get_input_embeddings()
+        device = embedding.weight.device
         for name, table in (("cf_user", cf_user), ("cf_item", cf_item)):
             self.register_buffer(name, torch.from_numpy(table / table.std()), persistent=False)
         d_llm, d_cf = llm.config.get_text_config().hidden_size, cf_user.shape[1]
         self.user_projection, self.item_projection = nn.Linear(d_cf, d_llm), nn.Linear(d_cf, d_llm)
         # Choice: a soft token starts about as long as a word's embedding, so the frozen layers can read it at once.
-        scale = llm.get_input_embeddings().weight.float().std().item() / d_cf**0.5
+        words = embedding(torch.arange(embedding.num_embeddings, device=device))  # [V, d_llm]; Gemma's are scaled there
+        scale = words.float().std().item() / d_cf**0.5
         for projection in (self.user_projection, self.item_projection):
             nn.init.normal_(projection.weight, std=scale)
             nn.init.zeros_(projection.bias)

@@ -188,6 +188,15 @@ def tune(model: llm.NegativeModel, n_steps: int) -> float:
     return loss.item()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_soft_tokens_start_as_long_as_words(family):
+    base, _ = llm.tiny_model(family)
+    cf = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    model = llm.NegativeModel(base, cf, cf, 3)
+    words, soft = base.get_input_embeddings()(torch.arange(258)), model.user_projection(model.cf_user)
+    assert (soft.norm(dim=1).mean() / words.norm(dim=1).mean()).item() == pytest.approx(1, abs=0.2)
+
+
 def test_soft_tokens_put_each_users_and_items_own_vector_in():
     model = negative_model().eval()
     with torch.no_grad():
