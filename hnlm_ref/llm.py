@@ -508,7 +508,8 @@ def generate_texts(llm: Any, tokenizer: Any, prompts: Sequence[list[int]], max_n
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    said = llm.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    greedy = {"do_sample": False, "repetition_penalty": 1.0}  # whatever the model's own settings say
+    said = llm.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **greedy)
     return tokenizer.batch_decode(said[:, longest:], skip_special_tokens=True)
 
 

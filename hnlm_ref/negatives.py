@@ -80,7 +80,7 @@ def quality(
     cf       warm-up vectors of users and items, text: text vectors of users and items
     Returns  of each kind, means over all its matches:
 
-    warm_up_percentile  share of the items not taken that the warm-up scores lower: 1 is hardest, 0.5 random
+    warm_up_percentile  share of the other items not taken that the warm-up scores lower: 1 is hardest, 0.5 random
     false_rate          share of negatives that are held-out positives of the user (FHNS), on valid: test stays closed
     false_rate_chance   the same for a random item not taken
     false_rate_as_hard  the same for a random item of the same warm-up rank (mean over users, window of 21 ranks)
@@ -112,7 +112,7 @@ def quality(
         r = row_of[u]
         used = np.bincount(j, minlength=n_items)
         values = {
-            "warm_up_percentile": 1 - rank[r, j] / free[u],
+            "warm_up_percentile": (free[u] - 1 - rank[r, j]) / np.maximum(free[u] - 1, 1),
             "false_rate": held_out[r, j],
             "false_rate_chance": prep.valid.degrees()[u] / free[u],
             "false_rate_as_hard": as_hard[rank[r, j]],

@@ -30,6 +30,13 @@ Answers = Iterator[tuple[int, str | Exception]]  # (number of the question, what
 BACK_OFF = 1.0  # seconds before the second try
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST becomes a GET, and the key would go wherever it leads: an error like any other refusal."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class AskConfig:
     """Knobs of every stage that asks a language model for text."""
@@ -37,7 +44,7 @@ class AskConfig:
     endpoint: str | None = knob(None, "OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; none: the local model")
     endpoint_model: str = knob("default", "name of the model at the server")
     concurrency: int = knob(8, "questions on their way to the server at once", low=1)
-    timeout_s: float = knob(120.0, "seconds to wait for an answer of the server", low=0)
+    timeout_s: float = knob(120.0, "seconds to wait for an answer of the server", low=0.1)
     n_retries: int = knob(4, "further tries after no answer, each after twice the wait", low=0)
     max_new_tokens: int = knob(160, "length of an answer in tokens", low=1)
     ask_batch_size: int = knob(16, "questions a local model answers at once", low=1)
@@ -83,6 +90,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
     """
     url = f"{(cfg.endpoint or '').rstrip('/')}/chat/completions"
     headers, stop = {"Content-Type": "application/json"}, threading.Event()
+    server = urllib.request.build_opener(_NoRedirect)
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
         headers["Authorization"] = f"Bearer {key}"
 
@@ -95,7 +103,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
             if attempt and stop.wait(BACK_OFF * 2 ** (attempt - 1)):
                 break
             try:
-                with urllib.request.urlopen(request, timeout=cfg.timeout_s) as reply:
+                with server.open(request, timeout=cfg.timeout_s) as reply:
                     content = json.load(reply)["choices"][0]["message"]["content"] or ""
                 if isinstance(content, str):
                     return content

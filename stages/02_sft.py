@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, load_npy, own_share, resolve_path, save_jsonl, save_npy
+from hnlm_ref.artifacts import Run, file_fingerprint, load_npy, own_share, resolve_path, save_jsonl, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 
@@ -129,7 +129,12 @@ def main(cfg: SftConfig, run: Run) -> dict:
     held_out = list(mined)[: min(cfg.held_out_users, max(len(mined) // 4, 1))]
     users = [u for u in mined if u not in held_out][: cfg.n_users or len(mined)]
     if not users:
-        raise UserError(f"only {len(mined)} users have triplets; at least one to tune on and one held out are needed")
+        left = f"only {len(mined)} users have an item not taken, nor refused by guard_threshold, as a negative"
+        raise UserError(f"{left}; at least one to tune on and one held out are needed")
+    counted = {
+        "users without an item to mine": len(some) - len(mined),
+        "model fingerprint": file_fingerprint(resolve_path(cfg.model)),
+    }
     mined = {u: mined[u] for u in (*held_out, *users)}
     if team.is_main_process:
         triplets = (
@@ -148,6 +153,10 @@ def main(cfg: SftConfig, run: Run) -> dict:
     torch.manual_seed(run.seed)
     if cfg.init_from:
         lora = llm.load_lora(base, resolve_path(cfg.init_from) / "adapter", trainable=True)
+        given = lora.peft_config["default"]
+        if (given.r, given.lora_alpha, given.lora_dropout) != (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout):
+            its = f"--lora-rank {given.r} --lora-alpha {given.lora_alpha} --lora-dropout {given.lora_dropout}"
+            raise UserError(f"init_from {cfg.init_from}: its adapter has other knobs; pass {its}")
     else:
         lora = llm.add_lora(base, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     model = llm.NegativeModel(lora, cf_user, cf_item, targets.shape[1])
@@ -271,7 +280,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     save_jsonl(out / "log.jsonl", state["log"])
     checkpoint.unlink(missing_ok=True)
     kept = next(line for line in state["log"][1:] if line["held_out_objective"] == state["best"])
-    return {"counts": {"triplets": n_triplets, "steps": state["step"], "before": state["log"][0], "kept": kept}}
+    counted |= {"triplets": n_triplets, "steps": state["step"], "before": state["log"][0], "kept": kept}
+    return {"counts": counted}
 
 
 def files(cfg: SftConfig) -> list[str]:

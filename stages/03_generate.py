@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, load_npy, own_share, save_json, save_npy
+from hnlm_ref.artifacts import Run, file_fingerprint, load_npy, own_share, resolve_path, save_json, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 from hnlm_ref.profiles import AskConfig
@@ -90,7 +90,10 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     if cfg.min_similarity > cfg.max_similarity:
         raise UserError(f"min_similarity {cfg.min_similarity} is above max_similarity {cfg.max_similarity}: no match")
     prep, sft, out, device = run.prep(), run.folder("sft"), run.out, run.device
-    knobs = run.manifest("sft")["knobs"]
+    tuning = run.manifest("sft")
+    knobs = tuning["knobs"]
+    if file_fingerprint(resolve_path(knobs["model"])) != tuning["counts"]["model fingerprint"]:
+        raise UserError(f"model {knobs['model']} is no longer the one that was tuned; run hnlm-ref sft again")
     cf, text = (
         [load_npy(sft / f"{kind}.npy") for kind in kinds]
         for kinds in (("cf_user", "cf_item"), ("user_text", "item_text"))

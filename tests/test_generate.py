@@ -18,7 +18,7 @@ from test_sft import hashes, run_stage
 from test_sft import start as start_stage
 
 from hnlm_ref import llm, profiles, prompts
-from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy
+from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
 from hnlm_ref.knobs import load_preset
@@ -258,6 +258,7 @@ class Server(BaseHTTPRequestHandler):
         self.send_response(status)
         length = "Content-Length", str(max(len(body), length))
         self.send_header(*(("Transfer-Encoding", "chunked") if status == 418 else length))
+        self.send_header("Location", "/elsewhere")
         self.end_headers()
         self.wfile.write(body.encode())
 
@@ -289,7 +290,7 @@ def test_a_server_is_asked_again_after_a_busy_answer_and_given_up_in_the_end(ser
 def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk\n")
     ask = partial(profiles.ask, ["a"], [{}], tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
-    for status in (401, 418):  # 418: and the reason cannot be read
+    for status in (401, 302, 418):  # 302: the key would go elsewhere; 418: the reason cannot be read
         Server.plan = {"a": [status]}
         with pytest.raises(UserError, match=f"refused the request: {status}"):
             ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint=server)))
@@ -318,6 +319,15 @@ def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
     with pytest.raises(UserError, match=r"no question of 98 was answered \(HTTPError: .*500.*\); is the server up\?"):
         profiles.ask(["a"] * 99, [{}] * 99, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY)
     assert "kept" in (tmp_path / "t.jsonl.part").read_text(encoding="utf-8")
+
+
+def test_a_model_changed_since_tuning_is_refused(toy_run, tmp_path):
+    run = with_inputs(toy_run, tmp_path)
+    manifest = load_json(run / "sft" / "manifest.json")
+    manifest["counts"]["model fingerprint"] = "0" * 16
+    save_json(run / "sft" / "manifest.json", manifest)
+    with pytest.raises(UserError, match="model tiny is no longer the one that was tuned; run hnlm-ref sft again"):
+        generate(run)
 
 
 def test_text_mode_keeps_only_pairs_with_an_answer_and_counts_the_rest(server, toy_run, tmp_path):

@@ -127,7 +127,7 @@ def test_quality_figures_are_those_counted_by_hand():
     matches, users = np.array([[3, 1], [2, -1]]), np.array([0, 1])
     # user 0: free items 1, 2, 3 ranked so; user 1: 0, 2, 3. Matches (0, 3), (0, 1), (1, 2) have ranks 2, 0, 1 of 3.
     found = quality({"made": matches}, users, prep_of(train, valid), cf, text)["made"]
-    assert found["warm_up_percentile"] == pytest.approx((1 / 3 + 1 + 2 / 3) / 3, abs=1e-5)
+    assert found["warm_up_percentile"] == pytest.approx((0 + 1 + 1 / 2) / 3, abs=1e-5)
     assert found["false_rate"] == pytest.approx(1 / 3, abs=1e-5)
     assert found["false_rate_chance"] == pytest.approx((1 / 3 + 1 / 3 + 0) / 3, abs=1e-5)
     assert found["profile_similarity"] == pytest.approx((-1 + 0 + 0.5**0.5) / 3, abs=1e-5)
@@ -253,6 +253,9 @@ def test_an_adapter_of_another_shape_is_refused(toy_run, cli, tmp_path):
     save_json(folder / "adapter" / "adapter_config.json", config | {"r": config["r"] + 1})
     words = ("--preset", "toy", "--run-dir", tmp_path / "run")
     assert cli("prep", *words).returncode == 0
+    for knob in ("--lora-rank", "--lora-alpha"):
+        other = cli("sft", *words, "--init-from", toy_run / "sft", knob, 3)
+        assert other.returncode == 1 and f"pass --lora-rank {config['r']} --lora-alpha" in other.stderr
     done = cli("sft", *words, "--init-from", folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{folder / 'adapter'}: the adapter does not belong to this model" in done.stderr
