@@ -67,7 +67,8 @@ def compare(
     Raises UserError for a setting that cannot be trained, before anything runs.
     """
     grids: dict[str, dict] = tables.get("grid", {})
-    known = [*run.methods, *tables.get("run", {}).get("methods", ())]  # --methods may ask for some of the preset's only
+    asked = [*run.methods, *tables.get("run", {}).get("methods", ())]  # --methods may ask for some of the preset's only
+    known = list(dict.fromkeys(asked))
     for name in grids:
         if name not in known:
             raise UserError(f"preset [grid.{name}]: no such method is compared; {unknown(name, known)}")
