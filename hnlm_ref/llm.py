@@ -176,11 +176,11 @@ def check_rows(name: str, llm: Any, longest: int) -> None:
         if (room := getattr(llm.config.get_text_config(), knob, None)) and longest > room:
             wanted = f"max_user_tokens and max_item_tokens allow prompts of {longest} tokens; lower them"
             raise UserError(f"--model {name}: its {knob} is {room}, but {wanted}")
-    device, vocabulary = llm.get_input_embeddings().weight.device, llm.get_input_embeddings().num_embeddings
-    prefix, *parts = (ids.tolist() for ids in np.split(np.linspace(2, vocabulary - 1, 20).astype(int), (6, 12, 15)))
-    kind, reason = llm.config.model_type, ""
+    embedding, kind, reason = llm.get_input_embeddings(), llm.config.model_type, ""
+    device, ids = embedding.weight.device, np.linspace(2, embedding.num_embeddings - 1, 20).astype(int)
+    prefix, *parts = (piece.tolist() for piece in np.split(ids, (6, 12, 15)))
     try:
-        soft = llm.get_input_embeddings().weight[:2].float().mean(0, keepdim=True)  # [1, d_llm], no word's embedding
+        soft = embedding.weight[:2].float().mean(0, keepdim=True)  # [1, d_llm], no word's embedding
         together = embed(llm, pack([([*prefix, -1], parts)], device), soft)
         alone = torch.cat([embed(llm, pack([([*prefix, -1], [part])], device), soft) for part in parts])  # [3, d_llm]
         off = float((together - alone).norm() / (alone - alone.mean(0)).norm())

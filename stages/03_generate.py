@@ -171,8 +171,10 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             said, catalogue, users, *refused, cfg.n_matches, max(cfg.min_similarity, 0.0)
         )
     else:
-        around = 0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32)
-        z = llm.apply_head(model, h) if tuned else h.astype(np.float32) - around  # [N, d_out]
+        if tuned:
+            z = llm.apply_head(model, h)  # [N, d_out]
+        else:
+            z = h.astype(np.float32) - (0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32))
         band = cfg.min_similarity, cfg.max_similarity
         matches, scores = _core.match_items(
             z, item_vectors, users, *refused, cfg.n_matches, *band, run.n_threads
