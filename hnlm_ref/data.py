@@ -96,7 +96,7 @@ def read_logs(layouts: list[Layout], bad: Bad) -> list[Log]:
 def moment(text: str, unit: str | None) -> float:
     """A bound in the unit of the log: a date (UTC) such as 2015 or 2015-01-01, or a number in that unit already."""
     try:
-        if unit in TICKS and re.fullmatch(r"\d{4}(-.*)?", text):
+        if unit in TICKS and re.fullmatch(r"\d{4}(-\d\d)*([T ][\d:.]+)?", text):
             return float(np.datetime64(text, "us").astype(np.int64)) / 1e6 * TICKS[unit]
         return float(text if unit and re.fullmatch(r"[-+.\de]+", text) else "none")
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
@@ -51,8 +51,8 @@ def export(run_dir: Path, what: str, kind: str, out: Path | None = None, method:
     paths = [out / name for name in names]
     for path, blocks in zip(paths, tables.values(), strict=True):
         try:
-            with atomic(path) as temporary:
-                WRITERS[kind](temporary, map(pl.DataFrame, blocks))
+            with atomic(path) as temporary, temporary.open("wb") as file:
+                WRITERS[kind](file, map(pl.DataFrame, blocks))
         except (OSError, pl.exceptions.PolarsError) as error:  # Polars tells of a full disk in its own way
             raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     return paths
@@ -117,13 +117,12 @@ RECBOLE = {
 }  # fmt: skip
 
 
-def _npz(path: Path, frames: Iterator[pl.DataFrame]) -> None:
+def _npz(file: BinaryIO, frames: Iterator[pl.DataFrame]) -> None:
     table = pl.concat(frames)
     columns = {
         name: np.asarray(c.to_list()) if c.dtype == pl.String else c.to_numpy() for name, c in table.to_dict().items()
     }
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **columns)
+    np.savez(file, allow_pickle=False, **columns)
 
 
 def _stream(frames: Iterator[pl.DataFrame]) -> pl.LazyFrame:
@@ -141,10 +140,10 @@ def _flat(frames: Iterator[pl.DataFrame]) -> pl.LazyFrame:
     return _stream(frames).with_columns(selectors.array().cast(pl.List(pl.String)).list.join(" "))
 
 
-WRITERS: dict[str, Callable[[Path, Iterator[pl.DataFrame]], Any]] = {
-    "csv": lambda path, frames: _flat(frames).sink_csv(path),
-    "parquet": lambda path, frames: _stream(frames).sink_parquet(path),
-    "jsonl": lambda path, frames: _stream(frames).sink_ndjson(path),
+WRITERS: dict[str, Callable[[BinaryIO, Iterator[pl.DataFrame]], Any]] = {
+    "csv": lambda file, frames: _flat(frames).sink_csv(file),
+    "parquet": lambda file, frames: _stream(frames).sink_parquet(file),
+    "jsonl": lambda file, frames: _stream(frames).sink_ndjson(file),
     "npz": _npz,
-    "recbole": lambda path, frames: _flat(frames).rename(RECBOLE, strict=False).sink_csv(path, separator="\t"),
+    "recbole": lambda file, frames: _flat(frames).rename(RECBOLE, strict=False).sink_csv(file, separator="\t"),
 }

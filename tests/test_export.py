@@ -105,6 +105,12 @@ def test_a_full_disk_is_one_sentence(run, tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder_may_have_a_name_that_is_no_utf_8(run, tmp_path, kind):
+    odd, plain = (export(run, "negatives", kind, tmp_path / os.fsdecode(name))[0] for name in (b"caf\xe9", b"cafe"))
+    assert odd.read_bytes() == plain.read_bytes()
+
+
 def test_a_sampler_s_negatives_are_its_own_and_never_training_items(run, tmp_path):
     (path,) = export(run, "negatives", "parquet", tmp_path, "dns")
     found, prep = pl.read_parquet(path), Run(run).prep()

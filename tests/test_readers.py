@@ -302,6 +302,7 @@ def test_bad_rows_are_skipped_counted_and_listed_when_asked_for(tmp_path):
         ({"items": "/dev/null"}, r"/dev/null is a device or a pipe; name a file"),
         ({"items": "~nobodyx/a.csv"}, r"^~nobodyx/a.csv: no such file"),
         ({"date_from": "yesterday"}, r"'yesterday' cannot be compared"),
+        ({"date_from": "2015-01-31T10:00+02:00"}, r"cannot be compared .*; write a date like 2015-01-31"),
         ({"date_to": "nan"}, r"'nan' cannot be compared"),
         ({"split": "time", "valid_from": "2016", "test_from": "2015"}, r"valid_from 2016 is not before test_from 2015"),
         ({"item_columns": ("item=",)}, r"no column for item among the 4 found .*; try --item-columns item=NAME$"),
