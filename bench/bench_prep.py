@@ -71,9 +71,10 @@ def scale(millions: list[float]) -> None:
             make_reviews(path, int(m * 1e6))
             knobs = ["--interactions", str(path), "--run-dir", name, "--min-rating", "4", "--k-core", "10", "--quiet"]
             program = (
-                "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+                "import runpy, sys; sys.argv = sys.argv[1:]\n"
                 "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-                "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+                # not ru_maxrss, which would begin with the peak of the process that made the file
+                "finally: print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024)"
             )
             start = time.perf_counter()
             command = [sys.executable, "-c", program, str(stage), *knobs]

@@ -31,6 +31,27 @@ def readme_code(beginning: str, language: str = "python") -> str:
     return next(block for block in blocks if block.startswith(beginning)).split("```")[0]
 
 
+PEAK = """
+import pathlib, resource, sys
+
+def peak():
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+"""
+
+
+def run_measured(program: str) -> list[int]:
+    """The whole numbers a Python program prints; its `peak()` is the most memory it has held so far, in bytes.
+
+    On Linux that is not ru_maxrss, which begins with the peak of the process it was started from: of pytest.
+    """
+    done = subprocess.run([sys.executable, "-c", PEAK + program], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
 def run_cli(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
     """Run `hnlm-ref WORDS` as a user would and give back what it printed."""
     command = [sys.executable, "-m", "hnlm_ref.cli", *map(str, words)]

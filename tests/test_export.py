@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import readme_code
+from conftest import readme_code, run_measured
 
 from hnlm_ref.artifacts import Csr, Run, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
 from hnlm_ref.console import UserError
@@ -139,20 +139,17 @@ def test_recommendations_of_many_users_stream_to_disk(tmp_path):
     rng = np.random.default_rng(0)
     for side, n in (("user", n_users), ("item", n_items)):
         save_npy(run / "train" / "mf" / "seed0" / f"{side}.npy", rng.normal(size=(n, 4)).astype(np.float32))
-    program = f"""
-import resource, pathlib
+    extra = run_measured(f"""
 from hnlm_ref.export import export, _recommendations
 from hnlm_ref.view import View
 for kind in ("csv", "parquet"):
     path = pathlib.Path({str(run)!r})
     next(_recommendations(View(path), path / "train/mf/seed0"))  # the users are read: what comes on top is counted
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     (out,) = export(path, "recommendations", kind, pathlib.Path({str(tmp_path)!r}))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert max(map(int, done.stdout.split())) * (1 if sys.platform == "darwin" else 1024) < 50e6
+    print(peak() - before)
+""")
+    assert max(extra) < 50e6
     for table in (pl.scan_parquet(tmp_path / "recommendations.parquet"), pl.scan_csv(tmp_path / "recommendations.csv")):
         assert table.select(pl.len()).collect().item() == 800_000
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import run_measured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -219,8 +220,8 @@ def test_metrics_stay_in_their_range_and_recall_and_hit_never_fall_with_k(seed):
 
 def test_a_large_evaluation_never_holds_users_x_items():
     """Case C17: 12,000 x 12,000 scores would be 576 MB; the process may use 100 MB on top of what it starts with."""
-    program = """
-import resource, numpy as np
+    (extra,) = run_measured("""
+import numpy as np
 from hnlm_ref import metrics
 from hnlm_ref.artifacts import Csr
 n, rng = 12_000, np.random.default_rng(0)
@@ -228,16 +229,14 @@ tables = [rng.normal(size=(n, 16)).astype(np.float32) for _ in range(2)]
 some = rng.choice(n, 500, replace=False)
 held_out = Csr.from_pairs(some, some, n, n)
 nothing = Csr(np.zeros(n + 1, np.int64), np.zeros(0, np.int32), n)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 one = metrics.evaluate(*tables, nothing, held_out, n_threads=1)["ndcg@20"]
 two = metrics.evaluate(*tables, nothing, held_out, n_threads=2)["ndcg@20"]
 assert np.array_equal(one, two, equal_nan=True)
 lists = metrics.recommend(tables[0], tables[1], nothing, 20)[0]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) < 100e6
+print(peak() - before)
+""")
+    assert extra < 100e6
 
 
 # ---- two runs ---------------------------------------------------------------------------------------------------
