@@ -1,7 +1,7 @@
 # make run    the demo: MovieLens-100K with SmolLM2-135M, the table of results at the end
 # make test   the whole test suite, Rust and Python
 # make check  formatting, lints, types, and every bench once without timing
-# make bench  the timings of bench/RESULTS.md
+# make bench  the timings of bench/RESULTS.md; takes an hour
 
 PYTHON ?= python3
 BIN = .venv/bin

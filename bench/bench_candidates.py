@@ -92,12 +92,18 @@ def recbole(data, m, n_threads, beta=None):
     return lambda: sampler.sample_by_user_ids(data.users + 1, data.train[1] + 1, m)
 
 
+def written(data, m, n_threads, beta=None):
+    out = np.zeros((len(data.users), m), np.int32)
+    return lambda: out.fill(1)
+
+
 IMPLEMENTATIONS = {
     "hnlm-ref": ("hnlm_ref", ours, ""),
     "numba loop": ("numba", numba_loop, ""),
     "numpy rounds": ("numpy", numpy_rounds, "1 thread"),
     "LensKit": ("lenskit", lenskit, "1 thread; gives up after 10 tries"),
     "RecBole": ("recbole", recbole, "1 thread"),
+    "floor": ("numpy", written, "1 thread; the numbers written, none drawn"),
 }
 SLOW = {("L", "RecBole"), ("L", "numpy rounds"), ("S", "RecBole"), ("S", "numpy rounds")}  # many seconds a round
 

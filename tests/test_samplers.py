@@ -235,11 +235,12 @@ def test_epochs_differ_and_a_seed_repeats_for_any_number_of_threads():  # cases 
 
 
 def test_the_guard_blocks_what_a_plain_loop_blocks():
-    train, rng = random_train(8, 30, seed=2), np.random.default_rng(3)
+    rows, rng = [row.tolist() for row in map(random_train(8, 30, seed=2).row, range(8))], np.random.default_rng(3)
+    train = csr([*rows, [7]], 30)
     text = rng.standard_normal((30, 6)).astype(np.float32)
     text[4] = 0  # no text
     blocked = samplers.semantic_guard(text, train, 0.8)
-    for u in range(8):
+    for u in range(9):
         near = []
         for j in range(30):
             norms = [max(np.linalg.norm(text[j]) * np.linalg.norm(text[i]), 1e-30) for i in train.row(u)]
@@ -340,6 +341,7 @@ def test_matched_items_that_are_positives_or_guarded_are_dropped(tmp_path):  # c
         ({"pairs": np.array([[0, 1], [1, 0]], np.int32)}, "row 1, user 1 and item 0, is no training pair"),  # E13
         ({"pairs": np.array([[0, 1], [0, 1]], np.int32)}, "row 0, user 0 and item 1, comes twice"),
         ({"pairs": np.array([[0, 1], [9, 1]], np.int32)}, "lies outside 2 users and 4 items"),
+        ({"pairs": np.array([[0, 1], [-1, 3]], np.int32)}, "pairs.npy: a number lies outside 2 users and 4 items"),
         ({"pairs": np.array([[0, 1]], np.int32)}, "pairs int32 (1, 2), embeddings float16 (2, 8)"),
         ({"pairs": np.array([0, 1], np.int32)}, "pairs int32 (2,)"),
         ({"pairs": np.zeros((2, 3), np.int32)}, "pairs int32 (2, 3)"),
@@ -366,6 +368,19 @@ def test_generated_arrays_that_cannot_be_right_are_refused(tmp_path, changes, me
     with pytest.raises(UserError) as error:
         generated(folder, train)
     assert message in str(error.value)
+
+
+def test_a_pair_behind_the_last_training_pair_is_refused(tmp_path):
+    folder = write_generated(tmp_path / "g", [[0, 1], [1, 3]], 4)
+    with pytest.raises(UserError, match="row 1, user 1 and item 3, is no training pair"):
+        generated(folder, csr([[0, 1], [2]], 4))
+
+
+def test_the_logged_percentile_is_the_share_of_items_scored_lower():
+    item_emb = torch.tensor([[1.0, 1], [2, 0], [0, 4], [1, 2]])  # scored by (1, 1): 2, 2, 4, 3
+    users, negatives = torch.ones(2, 2), item_emb[torch.tensor([[3], [1]])]  # [2, 1, 2]
+    assert samplers.percentile(users, negatives, item_emb).item() == (2 / 4 + 0 / 4) / 2
+    assert samplers.percentile(users, negatives, item_emb, n_rows=1).item() == 2 / 4
 
 
 def test_a_vector_of_zeros_counts_as_none(tmp_path):  # a reply that named no item
