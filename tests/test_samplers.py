@@ -257,6 +257,8 @@ def test_guarded_draws_are_uniform_over_what_is_left():
     assert drawn.shape == (20_000, 1, 4)
     # A row of 12 draws holds none of the three free items with probability (2/5)^12 < 2e-5.
     assert np.bincount(drawn.ravel(), minlength=6)[1:] / 80_000 == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3], abs=0.01)
+    # All four candidates of a row are one item in 3 of 3^4 cases.
+    assert (drawn.min(2) < drawn.max(2)).mean() == pytest.approx(1 - 1 / 27, abs=0.01)
     everything_blocked = Sampler("uniform", train, blocked=blocked).draw(np.ones(100, np.int32), 1)
     assert set(everything_blocked.ravel()) == {1, 2, 3, 4, 5}
 
@@ -290,6 +292,9 @@ def test_matched_share_rises_over_the_ramp(tmp_path):
     for epoch, expected in ((1, 0.2), (2, 0.4), (4, 0.8), (9, 0.8)):
         _, (items, _) = pick(sampler, pairs, random_layers(train), rows=rows, epoch=epoch)
         assert (items == 7).float().mean().item() == pytest.approx(expected, abs=0.02)
+        assert (
+            np.delete(np.bincount(items.ravel(), minlength=1000), 7).max() < 60
+        )  # the other rows' items, about 20 each
 
 
 def test_matched_items_join_the_pool_and_win_only_when_they_score_higher(tmp_path):
