@@ -1,5 +1,7 @@
 """The training loop: against a plain loop in dense torch, and what it promises about epochs, seeds and checkpoints."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from hnlm_ref import baselines, losses, metrics, recommender
 from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
-from hnlm_ref.samplers import Sampler, trainable_pairs
+from hnlm_ref.samplers import Batch, Sampler, trainable_pairs
 from hnlm_ref.training import fit
 
 
@@ -239,6 +241,28 @@ def add(result, encoder, batch, layers):
     loss, terms = result
     extra = encoder.extra_loss(batch, layers)
     return loss + extra, {**terms, "extra": extra}
+
+
+def likeness(vectors, texts):
+    """InfoNCE at temperature 0.2 of rows that belong together, in loops."""
+    cosine = [[float(a @ b / a.norm() / b.norm()) / 0.2 for b in texts] for a in vectors]
+    return np.mean([math.log(sum(map(math.exp, row))) - row[n] for n, row in enumerate(cosine)])
+
+
+def test_rlmrec_s_losses_are_those_of_a_loop_over_nodes():
+    users, items = torch.tensor([4, 2, 4, 9]), torch.tensor([7, 7, 1, 0])
+    batch = Batch(1, torch.arange(4), users, items, torch.zeros(4, 1, 1, dtype=torch.int64))
+    encoder = enhanced("rlmrec_con").encoder
+    layers, rlmrec = encoder.layers(), encoder.enhancer
+    final, projected = torch.cat(encoder.split(layers)).detach(), rlmrec.project(rlmrec.text).detach()
+    expected = sum(likeness(final[nodes], projected[nodes]) for nodes in ([2, 4, 9], [30, 31, 37]))
+    assert encoder.extra_loss(batch, layers).item() == pytest.approx(expected, abs=1e-5)
+
+    encoder = enhanced("rlmrec_gen").encoder
+    layers, rlmrec = encoder.layers(), encoder.enhancer
+    final = rlmrec.project(torch.cat(encoder.split(layers))).detach()
+    expected = likeness(final[rlmrec.masked], rlmrec.text[rlmrec.masked])
+    assert encoder.extra_loss(batch, layers).item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["rlmrec_con", "rlmrec_gen"])

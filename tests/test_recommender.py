@@ -71,6 +71,25 @@ def test_the_adapter_sees_standardised_vectors():
     assert adapter(h).tolist() == [[-1, -1], [1, 1]]
 
 
+def test_attention_runs_between_the_pieces_of_a_vector():
+    torch.manual_seed(0)
+    adapter = SemanticAdapter(np.zeros(32, np.float32), np.ones(32, np.float32), 4, 8, "attention")
+    adapter.mlp = torch.nn.Identity()
+    torch.nn.init.normal_(adapter.attention.in_proj_bias)
+    torch.nn.init.normal_(adapter.attention.out_proj.bias)
+    h = torch.randn(2, 32)
+    weight, bias = adapter.attention.in_proj_weight.detach().numpy(), adapter.attention.in_proj_bias.detach().numpy()
+    out_weight, out_bias = (t.detach().numpy() for t in adapter.attention.out_proj.parameters())
+    for vector, adapted in zip(h.numpy(), adapter(h).detach().numpy(), strict=True):
+        pieces = vector.reshape(8, 4)
+        q, k, v = (pieces @ weight[4 * n : 4 * n + 4].T + bias[4 * n : 4 * n + 4] for n in range(3))
+        expected = []
+        for n in range(8):
+            share = np.exp(k @ q[n] / 2)  # the square root of 4 numbers a piece
+            expected.append(pieces[n] + out_weight @ (share @ v / share.sum()) + out_bias)
+        assert adapted == pytest.approx(np.concatenate(expected), abs=1e-5)
+
+
 def test_attention_needs_vectors_of_equal_pieces():
     with pytest.raises(UserError, match="30 numbers are not 8 equal pieces"):
         SemanticAdapter(np.zeros(30, np.float32), np.ones(30, np.float32), 4, 8, "attention")
