@@ -254,6 +254,8 @@ def test_rlmrec_s_losses_are_those_of_a_loop_over_nodes():
     batch = Batch(1, torch.arange(4), users, items, torch.zeros(4, 1, 1, dtype=torch.int64))
     encoder = enhanced("rlmrec_con").encoder
     layers, rlmrec = encoder.layers(), encoder.enhancer
+    text = np.random.default_rng(0).standard_normal((55, 12))  # as in enhanced()
+    assert rlmrec.text.numpy() == pytest.approx((text - text.mean(0)) / text.std(0), abs=1e-5)
     final, projected = torch.cat(encoder.split(layers)).detach(), rlmrec.project(rlmrec.text).detach()
     expected = sum(likeness(final[nodes], projected[nodes]) for nodes in ([2, 4, 9], [30, 31, 37]))
     assert encoder.extra_loss(batch, layers).item() == pytest.approx(expected, abs=1e-5)

@@ -10,6 +10,7 @@ from hnlm_ref import recommender, training
 from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
 from hnlm_ref.recommender import Encoder, LightGCN, SemanticAdapter
+from hnlm_ref.samplers import Batch
 
 
 @pytest.fixture
@@ -51,6 +52,14 @@ def test_mf_scores_its_table(small):
     encoder = Encoder(small, 4)
     user_emb, item_emb = recommender.embeddings(encoder)
     assert (np.concatenate([user_emb, item_emb]) == encoder.table.detach().numpy()).all()
+
+
+def test_l2_is_that_of_the_ego_vectors_of_users_items_and_negatives(small):  # case E04
+    encoder = LightGCN(small, 4)
+    batch = Batch(1, torch.arange(2), torch.tensor([0, 2]), torch.tensor([1, 3]), torch.zeros(2, 2, 1))
+    rows = encoder.table.detach().numpy()[[0, 2, 3 + 1, 3 + 3, 3 + 2, 3 + 0, 3 + 2, 3 + 1]]
+    l2 = encoder.l2(batch, torch.tensor([[2, 0], [2, 1]])).item()
+    assert l2 == pytest.approx((rows**2).sum() / 2 / 2)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
