@@ -100,9 +100,9 @@ def quality(
     scores = np.where(taken, -np.inf, cf[0][some] @ cf[1].T)  # [S, I]
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)  # 0 is hardest
     free = n_items - prep.train.degrees()  # [U]
-    by_rank = np.zeros(n_items)
-    np.add.at(by_rank, rank[held_out], 1 / len(some))
-    as_hard = np.convolve(by_rank, np.ones(21), "same") / np.convolve(np.ones(n_items), np.ones(21), "same")
+    up_to_rank = np.cumsum(np.bincount(rank[held_out] + 1, minlength=n_items + 1)) / len(some)  # [I + 1]
+    low, high = np.maximum(np.arange(n_items) - 10, 0), np.minimum(np.arange(n_items) + 11, n_items)
+    as_hard = (up_to_rank[high] - up_to_rank[low]) / (high - low)  # [I], by rank
     user_text, item_text = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in text)
     popularity = np.bincount(prep.train.indices, minlength=n_items)
 

@@ -124,15 +124,29 @@ def test_quality_figures_are_those_counted_by_hand():
     train, valid = Csr.from_pairs([0, 1], [0, 1], 2, 4), Csr.from_pairs([0], [3], 2, 4)
     cf = np.ones((2, 1)), np.array([[4.0], [3.0], [2.0], [1.0]])
     text = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]])
-    matches, users = np.array([[3, 1], [2, -1]]), np.array([0, 1])
-    # user 0: free items 1, 2, 3 ranked so; user 1: 0, 2, 3. Matches (0, 3), (0, 1), (1, 2) have ranks 2, 0, 1 of 3.
+    matches, users = np.array([[3, 1], [0, -1], [-1, -1]]), np.array([0, 1, 1])
+    # user 0: free items 1, 2, 3 ranked so; user 1: 0, 2, 3. Matches (0, 3), (0, 1), (1, 0) have ranks 2, 0, 0 of 3.
     found = quality({"made": matches}, users, prep_of(train, valid), cf, text)["made"]
-    assert found["warm_up_percentile"] == pytest.approx((0 + 1 + 1 / 2) / 3, abs=1e-5)
+    assert found["warm_up_percentile"] == pytest.approx((0 + 1 + 1) / 3, abs=1e-5)
     assert found["false_rate"] == pytest.approx(1 / 3, abs=1e-5)
     assert found["false_rate_chance"] == pytest.approx((1 / 3 + 1 / 3 + 0) / 3, abs=1e-5)
-    assert found["profile_similarity"] == pytest.approx((-1 + 0 + 0.5**0.5) / 3, abs=1e-5)
-    assert found["coverage"] == 0.75 and found["matched"] == 1.0
+    assert found["false_rate_as_hard"] == 1 / 2 / 4  # one of two users has one, and the window holds all four ranks
+    assert found["profile_similarity"] == pytest.approx((-1 + 0 + 0) / 3, abs=1e-5)
+    assert found["popularity"] == pytest.approx((0 + 2 / 4 + 2 / 4) / 3, abs=1e-5)
+    assert found["coverage"] == 0.75 and found["matched"] == pytest.approx(2 / 3, abs=1e-5)
     assert found["most_used"] == pytest.approx(1 / 3, abs=1e-5)
+
+
+def test_as_hard_is_the_rate_of_the_21_ranks_around():
+    """User u holds out item u; all rank the items alike, and one negative stands at every rank."""
+    n = 50
+    nobody, valid = Csr.from_pairs([], [], n, n), Csr.from_pairs(range(12), range(12), n, n)
+    cf, text = (np.ones((n, 1)), -np.arange(n, dtype=float)[:, None]), (np.ones((n, 1)), np.ones((n, 1)))
+    for rank in range(n):
+        found = quality({"made": np.array([[rank]])}, np.array([0]), prep_of(nobody, valid), cf, text)["made"]
+        window = [place for place in range(rank - 10, rank + 11) if 0 <= place < n]
+        expected = sum(place < 12 for place in window) / n / len(window)
+        assert found["false_rate_as_hard"] == pytest.approx(expected, abs=1e-5)
 
 
 # ---- the stage ----------------------------------------------------------------------------------------------------
