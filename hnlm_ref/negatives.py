@@ -35,8 +35,7 @@ def mine_triplets(
         if window:
             ranked = free[np.argsort(-scores, kind="stable")]
             low = min(window[0], len(ranked) - 1)
-            shape = len(items), n_positives
-            chosen = ranked[rng.integers(low, max(min(window[1], len(ranked)), low + 1), shape)]
+            chosen = ranked[rng.integers(low, min(window[1], len(ranked)), (len(items), n_positives))]
         else:
             pool = rng.integers(len(free), size=(len(items), n_positives, pool_size))
             hardest = scores[pool].argmax(axis=2, keepdims=True)
