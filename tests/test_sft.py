@@ -124,17 +124,19 @@ def test_quality_figures_are_those_counted_by_hand():
     train, valid = Csr.from_pairs([0, 1], [0, 1], 2, 4), Csr.from_pairs([0], [3], 2, 4)
     cf = np.ones((2, 1)), np.array([[4.0], [3.0], [2.0], [1.0]])
     text = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]])
-    matches, users = np.array([[3, 1], [0, -1], [-1, -1]]), np.array([0, 1, 1])
-    # user 0: free items 1, 2, 3 ranked so; user 1: 0, 2, 3. Matches (0, 3), (0, 1), (1, 0) have ranks 2, 0, 0 of 3.
-    found = quality({"made": matches}, users, prep_of(train, valid), cf, text)["made"]
-    assert found["warm_up_percentile"] == pytest.approx((0 + 1 + 1) / 3, abs=1e-5)
+    matches, users = np.array([[3, 1], [2, -1]]), np.array([0, 1])
+    # user 0: free items 1, 2, 3 ranked so; user 1: 0, 2, 3. Matches (0, 3), (0, 1), (1, 2) have ranks 2, 0, 1 of 3.
+    kinds = {"made": matches, "one": np.array([[-1], [0]])}  # the other is the best of user 1, and item 0
+    found, one = quality(kinds, users, prep_of(train, valid), cf, text).values()
+    assert found["warm_up_percentile"] == pytest.approx((0 + 1 + 1 / 2) / 3, abs=1e-5)
     assert found["false_rate"] == pytest.approx(1 / 3, abs=1e-5)
     assert found["false_rate_chance"] == pytest.approx((1 / 3 + 1 / 3 + 0) / 3, abs=1e-5)
     assert found["false_rate_as_hard"] == 1 / 2 / 4  # one of two users has one, and the window holds all four ranks
-    assert found["profile_similarity"] == pytest.approx((-1 + 0 + 0) / 3, abs=1e-5)
-    assert found["popularity"] == pytest.approx((0 + 2 / 4 + 2 / 4) / 3, abs=1e-5)
-    assert found["coverage"] == 0.75 and found["matched"] == pytest.approx(2 / 3, abs=1e-5)
+    assert found["profile_similarity"] == pytest.approx((-1 + 0 + 0.5**0.5) / 3, abs=1e-5)
+    assert found["popularity"] == pytest.approx((0 + 2 / 4 + 0) / 3, abs=1e-5)
+    assert found["coverage"] == 0.75 and found["matched"] == 1.0
     assert found["most_used"] == pytest.approx(1 / 3, abs=1e-5)
+    assert (one["warm_up_percentile"], one["popularity"], one["coverage"], one["matched"]) == (1, 2 / 4, 1 / 4, 1 / 2)
 
 
 def test_as_hard_is_the_rate_of_the_21_ranks_around():
