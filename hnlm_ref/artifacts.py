@@ -306,6 +306,11 @@ class Run:
         n_items = int(load_json(folder / "manifest.json")["counts"]["items"])
         return load_csr(folder, "test", n_items)
 
+    def check_test(self) -> None:
+        """Raises UserError where prep held out nothing for the test: known before anything is trained."""
+        if not self.manifest("prep")["counts"]["test"]:
+            raise UserError(f"{self.dir / 'prep'} holds no test items to evaluate; run prep with a test_ratio above 0")
+
     def trained(self) -> list[str]:
         """Folders of every training this run asks for: methods x seeds, in order."""
         return [f"train/{m}/seed{s}" for m in self.methods for s in range(self.seed, self.seed + self.n_seeds)]

@@ -128,6 +128,8 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
         say(("# done: " if done else "$ ") + shlex.join(["python", *line[1:]]))
         if not done and (code := subprocess.run(line).returncode):
             raise SystemExit(code)
+        if command.stage == "prep":
+            run.check_test()
     from hnlm_ref.report import table
 
     click.echo(table(run.dir))

@@ -63,6 +63,10 @@ class SftConfig:
     eval_every: int = knob(20, "steps between looks at the held-out triplets, and between checkpoints", low=1)
     patience: int = knob(3, "stop after so many looks without a lower held-out loss", low=1)
 
+    def __post_init__(self) -> None:
+        if self.rank_to <= self.rank_from:
+            raise UserError(f"rank_from {self.rank_from} and rank_to {self.rank_to} leave no rank to mine from")
+
 
 def main(cfg: SftConfig, run: Run) -> dict:
     import accelerate
@@ -74,8 +78,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
     from hnlm_ref.samplers import semantic_guard
     from hnlm_ref.training import load_checkpoint, save_checkpoint, warm_up
 
-    if cfg.rank_to <= cfg.rank_from:
-        raise UserError(f"rank_from {cfg.rank_from} and rank_to {cfg.rank_to} leave no rank to mine from")
     prep, out, device = run.prep(), run.out, run.device
     texts = [item_words(item) for item in prep.items]
     if len(set(texts)) == 1 and (cfg.target == "text" or cfg.guard_threshold is not None):

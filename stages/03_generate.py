@@ -41,6 +41,14 @@ class GenerateConfig(AskConfig):
     max_similarity: float = knob(1.0, "items more similar are taken for false negatives", low=-1, high=1)
     skip_ranks: int = knob(0, "so many best warm-up ranks of a user are no match: false negatives lie there", low=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.min_similarity, self.max_similarity
+        if self.mode == "text" and self.match == "title" and high < 1:
+            raise UserError(f"max_similarity {high}: titles have no upper limit; take --match vector")
+        if low > high:
+            raise UserError(f"min_similarity {low} is above max_similarity {high}: no match")
+
 
 def in_shards(
     rows: list, pairs: np.ndarray, cfg: GenerateConfig, run: Run, team: Any, encode: Callable
@@ -85,10 +93,6 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
 
     from hnlm_ref import _core, llm, negatives, profiles, prompts
 
-    if cfg.mode == "text" and cfg.match == "title" and cfg.max_similarity < 1:
-        raise UserError(f"max_similarity {cfg.max_similarity}: titles have no upper limit; take --match vector")
-    if cfg.min_similarity > cfg.max_similarity:
-        raise UserError(f"min_similarity {cfg.min_similarity} is above max_similarity {cfg.max_similarity}: no match")
     prep, sft, out, device = run.prep(), run.folder("sft"), run.out, run.device
     tuning = run.manifest("sft")
     knobs = tuning["knobs"]

@@ -77,6 +77,10 @@ class TrainConfig:
     checkpoint_every: int = knob(5, "epochs between checkpoints", low=1)
     amp: bool = knob(True, "compute the adapter in bfloat16; on a GPU only")
 
+    def __post_init__(self) -> None:
+        if self.sampler == "hnlm_matched" and self.base_sampler == "mixgcf":
+            raise UserError("hnlm_matched: mixgcf makes vectors, not items that matched ones could replace; use hnlm")
+
 
 def reads(cfg: TrainConfig, run: Run) -> list[str]:
     generate = cfg.sampler in GENERATED and cfg.generate_dir is None
@@ -151,8 +155,6 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     if len(short := free[(free > 0) & (free < sampler.n_candidates)]):
         most = sampler.n_candidates - short.min()
         say(f"{len(short)} users are short of {sampler.n_candidates} candidates, by {most} at most: theirs repeat")
-    if cfg.sampler == "hnlm_matched" and cfg.base_sampler == "mixgcf":
-        raise UserError("hnlm_matched: mixgcf makes vectors, not items that matched ones could replace; use hnlm")
     mixes = cfg.sampler == "hnlm" and cfg.mix_alpha > 0
     if mixes:
         scale = generated.mean, generated.deviation  # of h, float32 [d_llm]

@@ -48,10 +48,9 @@ def main(cfg: EvalConfig, run: Run) -> dict:
     from hnlm_ref.view import View, load_generated
 
     # What is found again: the test items. What can never be recommended: training and validation items (case C16).
+    run.check_test()
     prep, test = run.prep(), run.test()
     users = np.flatnonzero(test.degrees() > 0)
-    if not len(users):
-        raise UserError(f"{run.dir / 'prep'} holds no test items to evaluate; run prep with a test_ratio above 0")
     n_without = prep.n_users - len(users)
     subset = cfg.n_users if cfg.n_users is not None and cfg.n_users < len(users) else None
     if subset:

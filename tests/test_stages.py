@@ -56,6 +56,9 @@ def test_help_of_all_shows_the_knobs_of_every_stage(cli):
         (("all", "--preset", "toy", "-o", "n_epochs=5"), "-o n_epochs=5: STAGE.KEY=VALUE is wanted"),
         (("all", "--preset", "toy", "-o", "train.n_epochs=five"), "n_epochs = 'five': a whole number is wanted"),
         (("all", "--preset", "toy", "-o", "train.method=dns"), "name what to train with --methods"),
+        (("all", "-o", "sft.rank_from=9", "-o", "sft.rank_to=9"), "rank_from 9 and rank_to 9 leave no rank"),
+        (("all", "-o", "generate.min_similarity=0.5", "-o", "generate.max_similarity=0.2"), "0.5 is above max_similar"),
+        (("all", "--methods", "hnlm_matched", "-o", "train.base_sampler=mixgcf"), "mixgcf makes vectors, not items"),
         (("eval", "--preset", "toy", "--k", "0"), "'0': at least 1 is wanted"),
         (("eval", "--preset", "toy", "--k", ""), "'': at least one is wanted"),
         (("eval", "--preset", "toy", "--methods", ","), "',': at least one is wanted"),
@@ -68,6 +71,12 @@ def test_a_mistake_is_one_sentence_and_a_non_zero_exit(cli, tmp_path, words, sen
     done = cli(*words, cwd=tmp_path)
     assert done.returncode != 0 and sentence in done.stderr
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_test_items_is_refused_before_anything_is_trained(cli, tmp_path):
+    done = cli("all", "--preset", "toy", "--run-dir", tmp_path / "run", "-o", "prep.test_ratio=0")
+    assert done.returncode == 1 and "holds no test items to evaluate" in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["prep"]
 
 
 def test_a_second_call_finds_the_finished_stages_and_prints_the_table_again(cli, toy_run):
