@@ -89,9 +89,9 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         raise UserError(f"--load-in-4bit needs {wanted}; the model is {name}, on {device}; tune without it")
     if name == TINY:
         model, tokenizer = tiny_model()
-        return _placed(model, device), tokenizer
+        return _placed(model.to(choose_dtype(dtype, device)), device), tokenizer
     path = resolve_path(name)
-    where, extra = str(path) if path.exists() else name, {}
+    where, extra = str(path), {}
     if path.suffix == ".gguf":
         where, extra = str(path.parent), {"gguf_file": path.name}
         if not path.exists():
@@ -342,8 +342,7 @@ def embed(llm: Any, batch: Batch, soft: Tensor | None = None, pooling: str = "la
     seen &= order.unsqueeze(0) <= order.unsqueeze(1)  # [R, L, L]: row token q sees token k
     mask = torch.zeros(seen.shape, dtype=inputs.dtype, device=inputs.device)
     mask = mask.masked_fill(~seen, torch.finfo(inputs.dtype).min).unsqueeze(1)  # [R, 1, L, L], as the models take it
-    decoder = getattr(llm, "base_model", llm).get_decoder() if isinstance(llm, peft.PeftModel) else llm.get_decoder()
-    hidden = decoder(
+    hidden = llm.get_decoder()(
         inputs_embeds=inputs, attention_mask=mask, position_ids=batch.position, use_cache=False
     ).last_hidden_state.float()  # [R, L, d_llm]
 

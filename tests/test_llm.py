@@ -146,8 +146,31 @@ def test_limits_that_leave_no_room_are_refused_with_the_least_that_works():
         llm.make_queries(tokenizer, *users_and_items(), 20, 5)
     least = [int(word) for word in str(error.value).replace(",", "").split() if word.isdigit()][-2:]
     llm.make_queries(tokenizer, *users_and_items(), *least)
-    with pytest.raises(UserError):
-        llm.make_queries(tokenizer, *users_and_items(), least[0] - 1, least[1])
+    for too_few in ([least[0] - 1, least[1]], [least[0], least[1] - 1]):
+        with pytest.raises(UserError, match=f"the least that works is {least[0]} and {least[1]}"):
+            llm.make_queries(tokenizer, *users_and_items(), *too_few)
+
+
+def test_a_part_of_just_its_limit_is_not_shortened():
+    _, tokenizer = llm.tiny_model()
+    told = [llm.encode(tokenizer, [text])[0] for text in ("\nTook: ab. c", "\nPassed over:")]
+    user = len(llm.encode(tokenizer, [fill(QUERY_USER, profile="xyz")])[0]) + 1  # BOS
+    room = sum(map(len, told)) + 3  # two soft tokens and EOS
+    for short, limits in ((0, (user, room)), (1, (user - 1, room)), (1, (user, room - 1))):
+        queries = llm.make_queries(tokenizer, [{"profile": "xyz"}], [{"title": "ab", "profile": "c"}], *limits)
+        assert queries.n_shortened == short
+
+
+def test_a_tokenizer_that_adds_tokens_of_its_own_adds_none_to_a_query():
+    from tokenizers.processors import TemplateProcessing
+
+    _, tokenizer = llm.tiny_model()
+    plain = llm.make_queries(tokenizer, *users_and_items(), 256, 64)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert tokenizer("a").input_ids[0] == 0  # as Llama's
+    assert llm.make_queries(tokenizer, *users_and_items(), 256, 64) == plain
 
 
 def test_a_chat_template_that_writes_bos_gives_one_bos():
@@ -195,6 +218,12 @@ def test_soft_tokens_start_as_long_as_words(family):
     model = llm.NegativeModel(base, cf, cf, 3)
     words, soft = base.get_input_embeddings()(torch.arange(258)), model.user_projection(model.cf_user)
     assert (soft.norm(dim=1).mean() / words.norm(dim=1).mean()).item() == pytest.approx(1, abs=0.2)
+
+
+def test_a_model_in_bfloat16_passes_by_the_tolerance_of_its_own_rounding():
+    base, _ = llm.load_llm("tiny", "cpu", "bfloat16")
+    assert base.dtype == torch.bfloat16
+    llm.check_rows("tiny", base, 100)
 
 
 def test_soft_tokens_put_each_users_and_items_own_vector_in():
@@ -296,6 +325,29 @@ def test_text_vectors_are_centred_and_an_empty_text_has_one_too():
     np.testing.assert_allclose(vectors.mean(0), 0, atol=1e-6)
     raw = torch.stack([plain(base, [0, *ids, 1], 1, "mean") for ids in llm.encode(tokenizer, texts)]).detach().numpy()
     np.testing.assert_allclose(vectors, raw - raw.mean(0), atol=1e-5)
+
+
+def test_the_size_of_the_weights_is_told_from_the_configuration():
+    # Two embeddings of 2^20 tokens by 512 and a norm of 512: 2^30 + 512 weights.
+    config = transformers.LlamaConfig(vocab_size=1 << 20, hidden_size=512, num_hidden_layers=0)
+    told = [llm.memory_estimate(config, dtype, dtype == torch.int8) for dtype in (torch.float32, torch.int8)]
+    assert told[0] == "1,074 M parameters, about 4.00 GiB of weights in float32"
+    assert told[1] == "1,074 M parameters, about 0.55 GiB of weights in 4-bit"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "able", "chosen"),
+    [
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float32),
+        ("auto", "cpu", True, torch.float32),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+        ("float32", "cuda", True, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_only_on_a_gpu_that_computes_in_it(monkeypatch, name, device, able, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
+    assert llm.choose_dtype(name, device) == chosen
 
 
 def save_tiny(folder: Path, **changes) -> None:
