@@ -235,7 +235,7 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, nothing added; "</s>" in a title is four characters, not the end."""
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids if len(texts) else []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def chat_ids(tokenizer: Any, message: str) -> list[int]:

@@ -305,6 +305,14 @@ def test_ridge_puts_the_head_where_least_squares_does():
     factor = (head(h) / wanted).median()
     torch.testing.assert_close(head(h), wanted * factor, atol=1e-3, rtol=1e-3)
     assert head.linear.weight.std().item() == pytest.approx((3 * 6) ** -0.5, rel=1e-3)
+    h[:, 1] += 2 * h[:, 0]  # ridge is least squares with one more row per coordinate
+    x = ((h - h.mean(0)) / h.std(0)).double().numpy()
+    rows = np.concatenate([x, np.sqrt(0.5 * len(x)) * np.eye(6)])
+    answers = np.concatenate([(wanted - wanted.mean(0)).numpy(), np.zeros((6, 2))])
+    expected = np.linalg.lstsq(rows, answers, rcond=None)[0].T
+    head.solve(h, wanted, ridge=0.5)
+    weight = head.linear.weight.detach().numpy()
+    np.testing.assert_allclose(weight / weight[0, 0], expected / expected[0, 0], rtol=1e-3, atol=1e-4)
     head.solve(h, wanted, ridge=1e9)  # all shrinks away but the mean
     mean = torch.nn.functional.normalize(wanted.mean(0), dim=0)
     torch.testing.assert_close(torch.nn.functional.normalize(head(h), dim=1), mean.expand(400, 2), atol=1e-3, rtol=0)
