@@ -215,7 +215,8 @@ def sniff(
     kind = kind or ("json" if lines[0].lstrip().startswith("{") and not sep else "delimited")
     names: tuple[str, ...]
     if kind == "parquet":
-        first = next(_batches(pl.scan_parquet(path).head(1000), path), pl.DataFrame())
+        with _parquet(path) as query:
+            first = query.head(1000).collect()
         names, records, header, sep, encoding = tuple(first.columns), first.to_dicts(), True, "", "utf-8"
     elif kind == "json":
         records = [record for line in lines[:200] if (record := _record(line)) is not None]
@@ -359,13 +360,14 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
     """(number of the first line, UTF-8 bytes of whole records without mark and header); of Parquet frames."""
     line, rest, path = 1, b"", layout.path
     if layout.kind == "parquet":
-        query = pl.scan_parquet(path).select(columns.values())
-        for frame in _batches(query.cast({pl.Binary: pl.String, pl.Duration: pl.String}), path):
-            if any(kind.is_nested() for kind in frame.dtypes):  # a list is told as the JSON formats tell it
-                texts = dict.fromkeys(frame.columns, pl.String)
-                frame = pl.read_ndjson(frame.write_ndjson().encode(), schema=texts)
-            yield line, frame
-            line += len(frame)
+        with _parquet(path) as query:
+            query = query.select(columns.values()).cast({pl.Binary: pl.String, pl.Duration: pl.String})
+            for frame in query.collect_batches(maintain_order=True):
+                if any(kind.is_nested() for kind in frame.dtypes):  # a list is told as the JSON formats tell it
+                    texts = dict.fromkeys(frame.columns, pl.String)
+                    frame = pl.read_ndjson(frame.write_ndjson().encode(), schema=texts)
+                yield line, frame
+                line += len(frame)
         return
     decoder = None if layout.encoding.lower() in ("utf-8", "utf8") else codecs.getincrementaldecoder(layout.encoding)()
     with _open(path)[0] as file:
@@ -449,9 +451,10 @@ def _walk(data: Any, layout: Layout, columns: list[str], line: int, bad: Bad) ->
     return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row"), lines
 
 
-def _batches(query: pl.LazyFrame, path: Path) -> Iterator[pl.DataFrame]:
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[pl.LazyFrame]:
     try:
-        yield from query.collect_batches(maintain_order=True)
+        yield pl.scan_parquet(path)
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); make it again") from error
 

@@ -355,7 +355,10 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_leave_nothing(cli, tmp_
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_parquet_file_cut_short_or_without_text_and_a_zip_archive_are_refused(tmp_path):
+def test_a_parquet_file_without_rows_cut_short_or_without_text_and_a_zip_archive_are_refused(tmp_path):
+    pl.DataFrame(schema={"user": pl.String, "item": pl.String}).write_parquet(tmp_path / "log")
+    with pytest.raises(UserError, match="log holds no rows; it was read as parquet, utf-8, user=user item=item"):
+        prepare(tmp_path / "run", tmp_path / "log")
     pl.DataFrame({"user": ["u"] * 99, "item": ["i"] * 99}).write_parquet(tmp_path / "whole")
     (tmp_path / "log").write_bytes((tmp_path / "whole").read_bytes()[:-30])
     with pytest.raises(UserError, match="cannot be read as Parquet"):
