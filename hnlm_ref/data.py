@@ -79,7 +79,7 @@ def read_logs(layouts: list[Layout], bad: Bad) -> list[Log]:
         codes, names = distinct.to_physical().to_numpy(), distinct.cast(pl.String)
         order = names.arg_sort().to_numpy()
         rank = np.empty(codes.max() + 1, np.int32)  # code in the pool -> place in sorted order
-        rank[codes[order]] = np.arange(len(order), dtype=np.int32)
+        rank[codes[order]] = np.arange(len(order))
         keys[role] = names.gather(order)
         for part in columns:
             part[role] = pl.Series(rank[part[role].to_physical().to_numpy()])
@@ -227,7 +227,7 @@ def split(
         assert log.time is not None
         ordered = np.sort(log.time)
         cuts = [moment(text, log.unit) if text else np.inf for text in (valid_from, test_from)]
-        if valid_from and test_from and cuts[0] >= cuts[1]:
+        if valid_from and cuts[0] >= cuts[1]:
             raise UserError(f"valid_from {valid_from} is not before test_from {test_from}: validation would be empty")
         if valid_from is None and test_from is None:
             ratios = (test_ratio + valid_ratio, test_ratio)

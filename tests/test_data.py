@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 
 import numpy as np
 import polars as pl
@@ -181,6 +182,9 @@ def test_item_texts_missing_odd_and_in_latin_1(case_input, tmp_path):
     titles = ["None", "NA", "null", "", 'Bread, Butter & "Jam"', "Tom & Jerry", "", "Eight"]
     assert [item["title"] for item in done.items] == titles
     assert done.counts["items without title"] == 2 and done.counts["item rows outside the catalogue"] == 1
+    # Tom &amp; Jerry is cleaned; i7 has no row, so neither has it a text
+    assert [done.counts[what] for what in ("items without a row", "titles cleaned", "items without text")] == [1] * 3
+    assert done.counts["texts cut"] == 0
     assert done.items[3]["profile"] == "Toys" and done.items[6]["profile"] == ""
     with pytest.raises(UserError, match="line 2: byte 0xE9 at place 7 is no UTF-8; try --encoding latin-1"):
         prepare(tmp_path / "b", log, items=str(case_input("a04_items_latin1.csv")))
@@ -208,6 +212,8 @@ def test_a_pair_is_kept_once_after_the_rating_filter(case_input, tmp_path):
     done = prepare(tmp_path, case_input("a01_dups.csv"), min_rating=4)
     assert done.pairs() == {("u1", "i1"), ("u1", "i2"), ("u2", "i1"), ("u2", "i2")}
     assert (done.counts["below min_rating"], done.counts["repeated pairs"]) == (1, 1)
+    done = prepare(tmp_path, "user,item\nu,i\n", min_rating=4)
+    assert done.pairs() == {("u", "i")} and done.counts["below min_rating"] == "not applied, the log has no ratings"
 
 
 @pytest.mark.parametrize("unit", [1, 1000, 1_000_000, 1_000_000_000, "date"])
@@ -231,6 +237,14 @@ def test_milliseconds_are_found_and_a_mixture_is_refused(case_input, tmp_path):
     assert done.counts["pairs"] == 3 and "time in ms" in done.counts["format"]
     with pytest.raises(UserError, match="line 3: time 1451606399000 cannot be in s"):
         prepare(tmp_path / "b", case_input("a07_ts_mixed.csv"))
+
+
+def test_held_out_rows_older_than_their_users_last_training_row_are_counted(tmp_path):
+    """Of u the rows of times 2 and 3 are older than 4, of v none is older than 1."""
+    (tmp_path / "test.csv").write_text("user,item,time\nu,d,2\nu,c,3\nu,e,4\nv,b,1\n", encoding="utf-8")
+    log = "user,item,time\nu,a,1\nu,b,4\nv,a,1\nw,c,1\nw,d,1\nw,e,1\n"
+    done = prepare(tmp_path, log, test_file=str(tmp_path / "test.csv"), time_unit="s")
+    assert done.counts["test"] == 4 and done.counts["held-out rows older than their user's last training row"] == 2
 
 
 def test_the_parts_of_a_ready_split_have_times_in_one_unit_or_none(tmp_path):
@@ -259,6 +273,10 @@ def test_rows_in_any_order_give_the_same_files(case_input, tmp_path):
     two = prepare(tmp_path / "two", "\n".join([header, *reversed(lines)]), split="leave-one")
     assert one.pairs("test") == two.pairs("test") == {("u1", "i5")}
     assert one.counts["pairs at the same time as another of their user"] == 5
+    # another time of the same user, the same time of another user, and two pairs of a third
+    more = [*lines, "u1,i6,5,1420070401", "u2,i1,5,1420070401", "u3,i1,5,1420070402", "u3,i2,5,1420070402"]
+    more = prepare(tmp_path / "more", "\n".join([header, *more, "u4,i1,5,1420070402"]), split="leave-one")
+    assert more.counts["pairs at the same time as another of their user"] == 5 + 2
     for path in sorted(one.folder.iterdir()):
         assert path.name == "log.csv" or path.read_bytes() == (two.folder / path.name).read_bytes()
 
@@ -343,9 +361,56 @@ def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
     assert "3 that cannot be read" in data.describe(str(case_input("a10_bad_rating.csv")))
 
 
+def test_describe_tells_of_a_folder_every_line_it_should(tmp_path):
+    """Three users, three items, five of nine cells; the first second of 2015 and the last of 2014."""
+    taken = ["a x 5", "a y 5", "b x 5", "b y 5", "c z 4", "a x 1"]
+    lines = [f"{row} {1420070400 - (row == 'c z 4')}" for row in taken] + ["d x good 1420070400"] * 12
+    head = "user_id:token item_id:token rating:float timestamp:float"
+    (tmp_path / "l.train.inter").write_text("\n".join([head, *lines]).replace(" ", "\t"), encoding="utf-8")
+    (tmp_path / "l.item").touch()
+    (tmp_path / "l.test.inter").touch()
+    columns = "user=user_id:token item=item_id:token rating=rating:float time=timestamp:float"
+    assert data.describe(str(tmp_path)).splitlines() == [
+        f"{tmp_path / 'l.train.inter'}: recbole, separator tab, utf-8, time in s, {columns}",
+        f"item texts: {tmp_path / 'l.item'}",
+        f"test: {tmp_path / 'l.test.inter'}",
+        "6 rows, 12 that cannot be read, 1 repeated pairs",
+        *(f"  line {n}: rating 'good' is no number" for n in range(8, 18)),
+        "3 users x 3 items, 5 pairs, density 5.56e-01",
+        "  rating",
+        *(
+            "       1            1 " + "#" * 10,
+            "       4            1 " + "#" * 10,
+            "       5            4 " + "#" * 40,
+        ),
+        "    year",
+        *("    2014            1 " + "#" * 8, "    2015            5 " + "#" * 40),
+        "largest k with a k-core: 2",
+        "  2-core: 2 users x 2 items, 4 pairs",
+    ]
+
+
+def test_more_than_30_values_are_shown_in_ten_ranges():
+    assert data.histogram("x", np.arange(30)) == ["       x", *(f"{n:8}            1 {'#' * 40}" for n in range(30))]
+    shown = data.histogram("x", np.array([*range(30), 95, *[300] * 200]))
+    counts, bars = [30, 0, 0, 1, 0, 0, 0, 0, 0, 200], [6, 0, 0, 1, 0, 0, 0, 0, 0, 40]
+    assert shown[1:] == [f"{30 * n:8}{counts[n]:13} {'#' * bars[n]}" for n in range(10)]
+
+
 def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
+    """Of each user's items 10 to 20 are of the two subjects it likes, rated 4 or 5, and up to four are not."""
     done = prepare(tmp_path, data.make_toy_log(tmp_path, 0))
     assert (len(done.users), len(done.items)) == (60, 80)
+    ratings, subjects = {True: set(), False: set()}, {item["key"]: item["text"] for item in done.items}
+    log = [line.split(",") for line in (tmp_path / "toy.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    for user in done.user_keys:
+        mine = [(subjects[item], int(rating)) for u, item, rating, _ in log if u == user]
+        liked = {subject for subject, _ in Counter(subject for subject, _ in mine).most_common(2)}
+        for subject, rating in mine:
+            ratings[subject in liked].add(rating)
+        n_liked = sum(subject in liked for subject, _ in mine)
+        assert 10 <= n_liked <= 20 and len(mine) - n_liked <= 4
+    assert ratings == {True: {4, 5}, False: {2, 3, 4}}
     again = tmp_path / "again"
     again.mkdir()
     data.make_toy_log(again, 0)

@@ -122,11 +122,17 @@ def test_amazon_2023_meta_gives_title_store_categories_and_features(tmp_path):
 
 
 def test_amazon_2014_meta_in_python_literals_with_nested_categories(tmp_path):
-    meta = {"asin": "B1", "title": 'Tom\'s "Box"', "categories": [["Toys & Games", "Boxes"]], "price": 3.5}
+    meta = {
+        "asin": "B1",
+        "title": 'Tom\'s "Box"',
+        "categories": [["Toys & Games", "Boxes"]],
+        "price": 3.5,
+        "description": "Of wood",
+    }
     (tmp_path / "meta.json").write_text(f"{meta}\n", encoding="utf-8")
     (tmp_path / "log.json").write_text(f"{AMAZON}\n", encoding="utf-8")
     done = prepare(tmp_path, tmp_path / "log.json", items=str(tmp_path / "meta.json"))
-    assert [(i["title"], i["text"]) for i in done.items] == [('Tom\'s "Box"', "Toys & Games, Boxes")]
+    assert [(i["title"], i["text"]) for i in done.items] == [('Tom\'s "Box"', "Toys & Games, Boxes. Of wood")]
 
 
 def test_movielens_100k_and_1m_folders_with_their_latin_1_titles(tmp_path):
@@ -302,6 +308,10 @@ def test_bad_rows_are_skipped_counted_and_listed_when_asked_for(tmp_path):
         ({"items": "/dev/null"}, r"/dev/null is a device or a pipe; name a file"),
         ({"items": "~nobodyx/a.csv"}, r"^~nobodyx/a.csv: no such file"),
         ({"date_from": "yesterday"}, r"'yesterday' cannot be compared"),
+        (
+            {"date_from": "2015-01", "time_unit": "order"},
+            r"'2015-01' .* log; it has no dates \(unit of its times: order\)",
+        ),
         ({"date_from": "2015-01-31T10:00+02:00"}, r"cannot be compared .*; write a date like 2015-01-31"),
         ({"date_to": "nan"}, r"'nan' cannot be compared"),
         ({"split": "time", "valid_from": "2016", "test_from": "2015"}, r"valid_from 2016 is not before test_from 2015"),
