@@ -93,6 +93,7 @@ LAYOUTS = {
     "recbole": ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t2\t3\t881250949.0", "s", "1", "2"),
     "selfrec": ("1 2 4\n2 1 3.5", None, "1", "2"),
     "sequence": ("u1 i3 i1 i2\nu2 i1", "order", "u1", "i3"),
+    "sequence with a user of no items": ("u1 i3 i1 i2\nu2\nu3 i1", "order", "u1", "i3"),
     "sequence of like lengths": ("u1 i3 i1 i2 i5\nu2 i1 i4 i3 i2", "order", "u1", "i3"),
     "csv after a blank line": ("\n \nuser,item\nu1,i1", None, "u1", "i1"),
     "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
@@ -147,6 +148,28 @@ def test_movielens_100k_and_1m_folders_with_their_latin_1_titles(tmp_path):
         done = prepare(tmp_path / f"{folder}-run", tmp_path / folder)
         assert done.items[0]["title"] == title
     assert done.items[0]["text"] == "Drama, Musical"
+    with pytest.raises(UserError, match="line 1: byte 0xE9 at place 7 is no UTF-8"):
+        prepare(tmp_path / "run", tmp_path / "1m", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["toy.csv", "toy_items.csv", "", ""],
+        ["x.train.inter", "x.item", "x.valid.inter", "x.test.inter"],
+        ["x.train.inter.gz", "", "", "x.test.inter.gz"],
+        ["x.inter", "x.item", "", ""],
+        ["ratings.csv", "movies.csv", "", ""],
+        ["yelp_academic_dataset_review.json", "yelp_academic_dataset_business.json", "", ""],
+        ["Toys_5.json.gz", "meta_Toys.json.gz", "", ""],
+        ["trainset.txt", "", "", "testset.txt"],
+        ["train.txt", "", "valid.txt", "test.txt"],
+    ],
+)
+def test_a_folder_is_known_by_its_file_names(tmp_path, files):
+    for name in filter(None, [*files, "README.md"]):
+        (tmp_path / name).touch()
+    assert readers.locate(tmp_path) == tuple(tmp_path / name if name else None for name in files)
 
 
 def test_a_recbole_folder_with_its_three_parts_is_a_ready_split(tmp_path):
@@ -167,6 +190,13 @@ def test_the_parts_beside_a_sequence_are_sequences(tmp_path):
     (tmp_path / "test.txt").write_text("1 4 5\n2 2 9\n", encoding="utf-8")
     done = prepare(tmp_path / "run", tmp_path)
     assert done.pairs("test") == {("1", "4"), ("1", "5"), ("2", "2")} and done.counts["rows"] == 9
+
+
+def test_a_part_without_rows_is_refused_with_its_own_first_line(tmp_path):
+    (tmp_path / "test.csv").write_text(rows("u1,,5,1420070400"), encoding="utf-8")
+    sentence = "test.csv holds no rows that can be read, line 2: no item; it was read as csv"
+    with pytest.raises(UserError, match=sentence):
+        prepare(tmp_path, rows(ONE, "u1,i2,x,1420070400"), test_file=str(tmp_path / "test.csv"), skip_bad_rows=True)
 
 
 def test_parquet_with_whole_number_ids_and_datetimes(tmp_path):
@@ -254,6 +284,7 @@ BROKEN = {
     "too many fields": (f"{HEADER}{ONE}\n{ONE},x\n".encode(), r"line 3: 5 fields where 4 are named"),
     "too few fields": (f"{HEADER}{ONE}\nu2,i2\n".encode(), r"line 3: no (rating|time)"),
     "no user": (f"{HEADER}{ONE}\n ,i2,5,1420070400\n".encode(), r"line 3: no user"),
+    "no item": (f"{HEADER}{ONE}\nu2, ,5,1420070400\n".encode(), r"line 3: no item"),
     "mixed types": (f"{HEADER}{ONE}\nu2,i2,good,1420070400\n".encode(), r"line 3: rating 'good' is no number"),
     "blanks": (b"u1  i1 5\nu2 i2  five\n", r"line 2: rating 'five' is no number"),
     "NaN": (f"{HEADER}{ONE}\nu2,i2,nan,1420070400\n".encode(), r"line 3: rating 'nan' is no number"),
