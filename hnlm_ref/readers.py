@@ -242,7 +242,9 @@ def sniff(
     quoted = sep in (",", ";") or (sep == "\t" and re.search(r'(^|\t)"[^\t\n]*"(\t|\r?$)', text, re.M))
     guessed = time_unit == "auto"
     unit = _unit([str(r.get(found["time"], "")) for r in records], time_unit) if "time" in found else None
-    if "history" in found or "line" in found:  # lines that are all sorted by item tell no order in time
+    if "history" in found:
+        unit = "order"
+    elif "line" in found:  # lines that are all sorted by item tell no order in time
         chains = [line.split()[1:] for line in lines]
         unit = None if all(c in (sorted(c), sorted(c, key=_as_number)) for c in chains) and guessed else "order"
     quote = '"' if quoted and format != "recbole" else None
