@@ -329,7 +329,7 @@ def _recognise(kind: str, sep: str, header: bool, names: tuple[str, ...], line: 
     if kind == "delimited" and header and all(":" in name for name in names):
         return "recbole"
     for name, f in FORMATS.items():
-        if not f.columns or (f.kind, f.header) != (kind, header) or (kind == "delimited" and f.sep != sep):
+        if not f.columns or (f.kind, f.header, f.sep) != (kind, header, sep):
             continue
         asin_first = re.match(r"[B\d][\dA-Z]{9},A[\dA-Z]{9,},", line)
         if set(f.columns) <= set(names) if header else len(names) == len(f.columns) and (sep != "," or asin_first):

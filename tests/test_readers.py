@@ -95,11 +95,14 @@ LAYOUTS = {
     "sequence": ("u1 i3 i1 i2\nu2 i1", "order", "u1", "i3"),
     "sequence with a user of no items": ("u1 i3 i1 i2\nu2\nu3 i1", "order", "u1", "i3"),
     "sequence of like lengths": ("u1 i3 i1 i2 i5\nu2 i1 i4 i3 i2", "order", "u1", "i3"),
-    "sequence sorted by number": ("1 9 10\n2 3", None, "1", "9"),
+    "sequence sorted by number": ("99 9 10\n2 3", None, "99", "9"),
     "sequence sorted as text": ("1 10 9\n2 3", None, "1", "10"),
     "csv with histories": ("user,item_id_list\nu1,i3 i1\nu2,i1", "order", "u1", "i3"),
     "json with histories": ('{"user":"u1","item_id_list":["i3","i1"]}', "order", "u1", "i3"),
     "json of Python literals with histories": ("{'user': 'u1', 'item_id_list': ['ä', 'a']}", "order", "u1", "ä"),
+    "tsv with quotes": ('user\titem\n"u ""1"""\ti1', None, 'u "1"', "i1"),
+    "tsv with inches": ('user\titem\nu1\t5" pipe', None, "u1", '5" pipe'),
+    "recbole with quotes": ('user_id:token\titem_id:token\nu1\t"i1"', None, "u1", '"i1"'),
     "csv after a blank line": ("\n \nuser,item\nu1,i1", None, "u1", "i1"),
     "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
     "tsv": ("user\titem\ttime\nu1\ti1\t2015-01-01", "date", "u1", "i1"),
@@ -279,6 +282,8 @@ def test_a_log_of_no_known_format_and_without_names_is_user_item_rating_time(tmp
     assert layout.columns == {"user": "1", "item": "2", "rating": "3", "time": "4"} and layout.unit == "s"
     (tmp_path / "log").write_text("{u},{i}\n", encoding="utf-8")  # no JSON if a separator is named
     assert readers.sniff(tmp_path / "log", sep=",", header=False).columns == {"user": "1", "item": "2"}
+    placed = readers.sniff(tmp_path / "log", sep=",", header=False, columns=("item=1", "user=2"))
+    assert placed.columns == {"user": "2", "item": "1"}
 
 
 @pytest.mark.parametrize(
@@ -293,6 +298,25 @@ def test_the_first_time_that_can_be_read_tells_the_unit(tmp_path, times, unit):
     (tmp_path / "log").write_text("user\titem\ttime\n" + "".join(f"u\ti\t{t}\n" for t in times), encoding="utf-8")
     assert readers.sniff(tmp_path / "log").unit == unit
     assert readers.sniff(tmp_path / "log", time_unit="us").unit == "us"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "u a b c\nv d\n",
+        "user\titem_id_list\titem_id\nu\ta b\tc\nv\t\td\n",
+        "user,item_id_list,item\nu,\"['a', 'b']\",c\nv,[],d\n",
+        'user,item_id_list\nu,"[""a"",""b"",""c""]"\nv,[d]\n',
+        '{"user":"u","item_id_list":["a","b"],"item":"c"}\n{"user":"v","item_id_list":null,"item":"d"}\n',
+    ],
+)
+def test_a_history_is_its_list_then_its_target_and_numbered_through_all_blocks(tmp_path, monkeypatch, text):
+    (tmp_path / "log").write_text(text, encoding="utf-8")
+    layout = readers.sniff(tmp_path / "log", time_unit="order")
+    for block in (readers.BLOCK, 8):
+        monkeypatch.setattr(readers, "BLOCK", block)
+        found = pl.concat(readers.frames(layout, readers.Bad())).select("user", "item", "time")
+        assert found.rows() == [("u", "a", 0.0), ("u", "b", 1.0), ("u", "c", 2.0), ("v", "d", 3.0)]
 
 
 def test_blocks_cut_inside_a_quoted_field_are_put_together_again(tmp_path, monkeypatch):
@@ -320,6 +344,7 @@ BROKEN = {
     "too many fields": (f"{HEADER}{ONE}\n{ONE},x\n".encode(), r"line 3: 5 fields where 4 are named"),
     "too few fields": (f"{HEADER}{ONE}\nu2,i2\n".encode(), r"line 3: no (rating|time)"),
     "no user": (f"{HEADER}{ONE}\n ,i2,5,1420070400\n".encode(), r"line 3: no user"),
+    "history of no user": (b"user,item_id_list\nu1,i1 i2\n,i3\n", r"line 3: no user"),
     "no item": (f"{HEADER}{ONE}\nu2, ,5,1420070400\n".encode(), r"line 3: no item"),
     "mixed types": (f"{HEADER}{ONE}\nu2,i2,good,1420070400\n".encode(), r"line 3: rating 'good' is no number"),
     "long rating": (f"{HEADER}{ONE}\nu2,i2,{'x' * 99},1\n".encode(), r"line 3: rating 'x{80}' is no number"),
