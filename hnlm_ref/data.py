@@ -307,7 +307,9 @@ def flat_text(value: str | None) -> str:
     """A field of an item file as text: a list in JSON, also a nested one, becomes its members joined by commas."""
 
     def members(value: Any) -> list[str]:
-        return [m for v in value for m in members(v)] if isinstance(value, list) else [str(value)]
+        if isinstance(value, list):
+            return [m for v in value for m in members(v)]
+        return [] if value is None else [str(value)]
 
     if value and value.startswith("["):
         try:

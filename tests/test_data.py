@@ -251,6 +251,10 @@ def test_the_parts_of_a_ready_split_have_times_in_one_unit_or_none(tmp_path):
     log, test = rows("u,b,5,1420070400", "u,a,5,1420070401"), tmp_path / "test.csv"
     test.write_text("user_id,item_id\nu,c\n", encoding="utf-8")
     assert prepare(tmp_path, log + "v,c,5,1420070400\n", test_file=str(test)).history("u") == ["b", "a"]
+    test.write_text(rows("u,c,5,2015-01-01"), encoding="utf-8")  # seconds like the others, once read
+    repeated = prepare(tmp_path, log + "v,c,5,1420070400\nu,a,5,1420070399\n", test_file=str(test))
+    assert repeated.history("u") == ["a", "b"] and repeated.counts["repeated pairs"] == 1
+    assert repeated.pairs("test") == {("u", "c")}
     test.write_text(rows("u,c,5,1420070400000"), encoding="utf-8")
     with pytest.raises(UserError, match="the parts of the split have times in s and ms; name --time-unit"):
         prepare(tmp_path, log, test_file=str(test))
@@ -328,6 +332,74 @@ def test_users_with_1_2_and_10_rows_under_8_1_1(tmp_path):
 )
 def test_markup_is_cleaned_and_comparisons_are_left(raw, clean):
     assert data.clean_text(raw) == clean
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ('["a", ["b", ["c"]], 4.5]', "a, b, c, 4.5"),
+        ('["a", null]', "a"),
+        ("[null]", ""),
+        ("[Box] of cups", "[Box] of cups"),
+        ('{"a": ["b"]}', '{"a": ["b"]}'),
+        (None, ""),
+    ],
+)
+def test_a_list_in_a_field_becomes_its_members_and_other_text_is_left(value, text):
+    assert data.flat_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "number"),
+    [
+        ("2015", "s", 1420070400),
+        ("2015-02", "date", 1420070400 + 31 * 86400),
+        ("2015-01-01T00:01", "ms", 1420070460e3),
+        ("2015-01-01 00:00:01.5", "us", 1420070401.5e6),
+        ("1420070400.5", "s", 1420070400.5),
+        ("-1e3", "ms", -1000),
+        ("2015", "order", 2015),
+    ],
+)
+def test_a_bound_is_a_date_or_a_number_in_the_unit_of_the_log(text, unit, number):
+    assert data.moment(text, unit) == number
+
+
+def test_each_reading_of_the_published_sizes_counts_its_own_pairs():
+    """C's item 3 has one user, D has one item; without both, C is left with one. Of item 1 all pairs are held out."""
+    pairs = [("A", 1), ("A", 2), ("B", 1), ("B", 2), ("C", 3), ("C", 4), ("D", 4)]
+    user, item = np.array([ord(u) - ord("A") for u, _ in pairs]), np.array([i - 1 for _, i in pairs])
+    log = data.Log(pl.Series(list("ABCD")), pl.Series(list("1234")), user, item)
+    assert data.published_readings(log, 2, lambda some: (some.item == 0).astype(int)) == {
+        "2-core to the fixed point, all pairs": (2, 2, 4),
+        "2-core to the fixed point, training pairs": (2, 1, 2),
+        "one pass of the 2-core, all pairs": (3, 3, 5),
+        "one pass of the 2-core, training pairs": (3, 2, 3),
+        "users with 2 or more, items as they are, all pairs": (3, 4, 6),
+        "users with 2 or more, items as they are, training pairs": (3, 3, 4),
+    }
+
+
+def test_reviews_are_those_of_the_rows_that_stay_cut_and_the_smaller_of_two(tmp_path):
+    log = "user,item,time,text\nv,a,1,\nu,b,2,bb bb\nu,a,1,z\nu,a,1,y\nu,a,3,x\n"
+    prepare(tmp_path, log, review_chars=4)
+    taken = [{"user": 0, "item": 0, "text": "y"}, {"user": 0, "item": 1, "text": "bb b"}]
+    assert load_jsonl(tmp_path / "reviews.jsonl") == taken
+    prepare(tmp_path, log, review_chars=4, columns=("time=",))
+    assert load_jsonl(tmp_path / "reviews.jsonl") == [{**taken[0], "text": "x"}, taken[1]]
+
+
+def test_profiles_hold_so_many_titles_and_so_much_text_and_the_first_of_two_rows_counts(tmp_path):
+    items = [f"i1,One,{'x' * 299} yz", "i2,Two,abc d", "i2,Again,", "i3,,", "i9,Other,"]
+    (tmp_path / "items.csv").write_text("item,title,description\n" + "\n".join(items), encoding="utf-8")
+    log = rows("u,i1,5,1500000001", "u,i2,5,1500000002", "u,i3,5,1500000003", "v,i3,5,1500000001")
+    done = prepare(tmp_path, log, items=str(tmp_path / "items.csv"), test_ratio=0, valid_ratio=0, text_chars=302)
+    assert [user["profile"] for user in done.users] == ['Lately took "Two", "One".', "Took nothing that has a title."]
+    profiles = ["One. " + "x" * 299, "Two. abc d", ""]  # of the text 300 characters, a blank at its end is cut
+    assert [item["profile"] for item in done.items] == profiles and done.counts["texts cut"] == 0
+    done = prepare(tmp_path, log, items=str(tmp_path / "items.csv"), test_ratio=0, text_chars=4, profile_titles=1)
+    assert done.users[0]["profile"] == 'Lately took "Two".' and done.items[1]["text"] == "abc"
+    assert done.counts["texts cut"] == 2 and done.counts["item rows outside the catalogue"] == 1
 
 
 def test_published_sizes_are_printed_beside_ours_and_the_nearest_reading_named(tmp_path, capsys):
@@ -424,6 +496,22 @@ def test_a_split_by_time_with_a_ratio_of_0_leaves_that_part_empty(ratios, parts)
     keys, number = pl.Series(["a", "b", "c", "d", "e"]), np.arange(5, dtype=np.int32)
     log = data.Log(keys[:1], keys, np.zeros_like(number), number, time=number.astype(float), unit="order")
     assert data.split(log, "time", *ratios, np.random.default_rng(0)).tolist() == parts
+
+
+@pytest.mark.parametrize(
+    ("knobs", "names"),
+    [
+        ({}, []),
+        ({"interactions": "a", "items": "b", "valid_file": "c", "test_file": "d"}, ["a", "b", "c", "d"]),
+        ({"profiles": "llm"}, []),
+        ({"profiles": "llm", "profile_model": "m"}, ["m"]),
+        ({"profiles": "template", "profile_model": "m"}, []),
+        ({"profiles": "llm", "profile_model": "m", "endpoint": "http://127.0.0.1:8000/v1"}, []),
+    ],
+)
+def test_the_files_that_go_into_prep_are_named(knobs, names):
+    command = load_stage("prep")
+    assert command.files(command.config(**knobs)) == names
 
 
 @pytest.mark.parametrize(
