@@ -88,6 +88,7 @@ LAYOUTS = {
     "amazon-2018-ratings": ("B000000001,A1000000001,5.0,1400000000", "s", "A1000000001", "B000000001"),
     "yelp": (json.dumps(YELP_REVIEW), "date", "A1", "B1"),
     "movielens-100k": ("196\t242\t3\t881250949", "s", "196", "242"),
+    "movielens-100k after a mark": ("\ufeff196\t242\t3\t881250949", "s", "196", "242"),
     "movielens-1m": ("1::1193::5::978300760", "s", "1", "1193"),
     "movielens": ("userId,movieId,rating,timestamp\n1,2,3.5,1112486027", "s", "1", "2"),
     "recbole": ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t2\t3\t881250949.0", "s", "1", "2"),
@@ -119,7 +120,7 @@ def test_a_format_is_recognised_and_its_first_row_read(tmp_path, name, ending):
     assert (layout.format, layout.unit) == (name.split(" ")[0], unit)
     assert readers.sniff(path, layout.format).columns == layout.columns
     row = pl.concat(readers.frames(layout, readers.Bad())).row(0, named=True)
-    assert (row["user"], row["item"]) == (user, item)
+    assert (row["user"], row["item"], row["time"] is None) == (user, item, unit is None)
 
 
 def test_amazon_2023_meta_gives_title_store_categories_and_features(tmp_path):
@@ -157,6 +158,8 @@ def test_movielens_100k_and_1m_folders_with_their_latin_1_titles(tmp_path):
         assert (done.items[0]["title"], done.items[0]["text"]) == (title, "" if folder == "100k" else "Drama, Musical")
     with pytest.raises(UserError, match="line 1: byte 0xE9 at place 7 is no UTF-8"):
         prepare(tmp_path / "run", tmp_path / "1m", encoding="utf-8")
+    (tmp_path / "1m" / "movies.dat").write_text(f"7::{title}::Drama\n", encoding="utf-8")
+    assert prepare(tmp_path / "run", tmp_path / "1m").items[0]["title"] == title
 
 
 @pytest.mark.parametrize(
@@ -271,6 +274,7 @@ def test_a_file_is_looked_at_in_whole_lines(tmp_path, monkeypatch):
     (tmp_path / "log").write_text("1 9\n2 9 10\n3 9 10 11\n", encoding="utf-8")
     monkeypatch.setattr(readers, "HEAD", len("1 9\n2 9 10\n3 9 10 1"))
     assert (readers.sniff(tmp_path / "log").format, readers.sniff(tmp_path / "log").unit) == ("sequence", None)
+    assert readers.sniff(tmp_path / "log", time_unit="order").unit == "order"
     (tmp_path / "log").write_text("user,item\nu,i\n", encoding="utf-8")
     monkeypatch.setattr(readers, "HEAD", 3)
     assert readers.sniff(tmp_path / "log").columns == {"user": "user", "item": "item"}
@@ -347,6 +351,7 @@ BROKEN = {
     "history of no user": (b"user,item_id_list\nu1,i1 i2\n,i3\n", r"line 3: no user"),
     "no item": (f"{HEADER}{ONE}\nu2, ,5,1420070400\n".encode(), r"line 3: no item"),
     "mixed types": (f"{HEADER}{ONE}\nu2,i2,good,1420070400\n".encode(), r"line 3: rating 'good' is no number"),
+    "many": (HEADER.encode() + b"u,i,x,1\n" * 12, r"10: .* number; line 11: rating 'x' is no number and 2 more; mend"),
     "long rating": (f"{HEADER}{ONE}\nu2,i2,{'x' * 99},1\n".encode(), r"line 3: rating 'x{80}' is no number"),
     "blanks": (b"u1  i1 5\nu2 i2  five\n", r"line 2: rating 'five' is no number"),
     "NaN": (f"{HEADER}{ONE}\nu2,i2,nan,1420070400\n".encode(), r"line 3: rating 'nan' is no number"),
@@ -355,7 +360,7 @@ BROKEN = {
     "broken JSON": (b'{"user": "u", "item": "i"}\n{"user": \n', r"line 2: it is no JSON object"),
     "no JSON value": (b"{'user': 'u', 'item': {1}}\n", r"line 1: Object of type set is not JSON"),
     "JSON list": (b'[{"user": "u"}]', r"is one JSON value"),
-    "line breaks in a field": (f'{HEADER}"u\n1",i1,5,1\n\nu2,i2,x,1\n'.encode(), r"line 5: rating 'x' is no number"),
+    "line breaks in a field": (f'{HEADER}"u\n1",i1,5,1\n\nu2,i2,x,1\n'.encode(), r"log: line 5: rating 'x' is no n"),
     "gzip cut short": (gzip.compress((HEADER + f"{ONE}\n" * 9999).encode())[:-20], r"gzip file is cut short"),
 }  # fmt: skip
 
