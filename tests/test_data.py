@@ -216,6 +216,13 @@ def test_a_pair_is_kept_once_after_the_rating_filter(case_input, tmp_path):
     assert done.pairs() == {("u", "i")} and done.counts["below min_rating"] == "not applied, the log has no ratings"
 
 
+@pytest.mark.parametrize(("duplicates", "history"), [("first", ["a", "b"]), ("last", ["b", "a"])])
+def test_of_a_repeated_pair_the_first_or_the_last_row_in_time_stays(tmp_path, duplicates, history):
+    log = rows("u,a,5,1500000003", "u,a,5,1500000001", "u,a,5,1500000004", "u,b,5,1500000002")
+    done = prepare(tmp_path, log, duplicates=duplicates, test_ratio=0, valid_ratio=0)
+    assert done.history("u") == history and done.counts["repeated pairs"] == 2
+
+
 @pytest.mark.parametrize("unit", [1, 1000, 1_000_000, 1_000_000_000, "date"])
 def test_the_window_holds_its_start_and_not_its_end_in_every_unit(tmp_path, unit):
     """Case A13: 2015-01-01 is 1420070400, 2018-01-01 is 1514764800."""
@@ -267,6 +274,7 @@ def test_later_rows_of_unseen_users_and_items_are_counted_and_an_empty_test_is_r
         prepare(tmp_path / "a", log, split="time", test_from="1420070450")
     done = prepare(tmp_path / "b", log, split="time", test_from="1420070404")
     assert done.pairs("train") == {("u1", "i1"), ("u1", "i2"), ("u2", "i1")} and done.pairs("test") == {("u2", "i2")}
+    assert (done.user_keys, done.item_keys) == (["u1", "u2"], ["i1", "i2"])
     assert done.counts["rows"] == 7 == 3 + 1 + 3  # train, test, dropped
 
 
@@ -387,6 +395,7 @@ def test_reviews_are_those_of_the_rows_that_stay_cut_and_the_smaller_of_two(tmp_
     assert load_jsonl(tmp_path / "reviews.jsonl") == taken
     prepare(tmp_path, log, review_chars=4, columns=("time=",))
     assert load_jsonl(tmp_path / "reviews.jsonl") == [{**taken[0], "text": "x"}, taken[1]]
+    assert not (prepare(tmp_path / "none", log).folder / "reviews.jsonl").exists()
 
 
 def test_profiles_hold_so_many_titles_and_so_much_text_and_the_first_of_two_rows_counts(tmp_path):
@@ -410,6 +419,10 @@ def test_published_sizes_are_printed_beside_ours_and_the_nearest_reading_named(t
     assert "published: 4 5 12" in told
     assert "nearest: 2-core to the fixed point, training pairs" in told
     assert "20 (+66.7%)" in told and "12 (+0.0%)" in told
+    # of one item all four pairs are held out: "4 (-20.0%)" items are left in train
+    counted = "rows: 21, k-core passes: [20], held-out rows of unseen items: 4, train: 12, valid: 4, test: 4, "
+    counted += "items without a row: 5, items without title: 5, items without text: 5, users: 4, items: 5, pairs: 20\n"
+    assert "4 (-20.0%)" in told and counted in told
 
 
 def test_a_file_name_that_is_no_utf_8_is_kept(cli, tmp_path):
@@ -526,12 +539,13 @@ def test_the_files_that_go_into_prep_are_named(knobs, names):
     ],
 )
 def test_knobs_that_cannot_be_are_refused_before_anything_runs(knobs, sentence):
+    load_stage("prep").config(valid_ratio=0.5, test_ratio=0.5)  # not more than 1
     with pytest.raises(UserError, match=sentence):
         load_stage("prep").config(**knobs)
 
 
 def test_a_window_that_holds_nothing_is_refused_with_the_counts(tmp_path):
-    with pytest.raises(UserError, match=r"1-core is empty \(0 rows, .*before date_from: 1"):
+    with pytest.raises(UserError, match=r"1-core is empty \(0 rows, .* left: 0\).*before date_from: 1"):
         prepare(tmp_path, rows("u,i,5,1500000000"), date_from="2020-01-01")
 
 

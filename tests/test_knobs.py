@@ -4,8 +4,10 @@ from dataclasses import dataclass, fields
 
 import pytest
 
+from hnlm_ref.artifacts import STAGES
+from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
-from hnlm_ref.knobs import cast, knob, load_preset, method_knobs, resolve
+from hnlm_ref.knobs import cast, check, knob, load_preset, method_knobs, resolve
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ def test_a_wrong_value_is_one_sentence_with_place_and_value(layer, sentence):
     with pytest.raises(UserError) as error:
         resolve(Config, ("preset", layer))
     assert error.value.message == sentence
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_default_could_be_named_as_well(stage):
+    for field in fields(load_stage(stage).config):
+        assert check(field, field.default) == field.default
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -413,6 +413,7 @@ def test_bad_rows_are_skipped_counted_and_listed_when_asked_for(tmp_path):
         ({"date_from": "2015-01-31T10:00+02:00"}, r"cannot be compared .*; write a date like 2015-01-31"),
         ({"date_to": "nan"}, r"'nan' cannot be compared"),
         ({"split": "time", "valid_from": "2016", "test_from": "2015"}, r"valid_from 2016 is not before test_from 2015"),
+        ({"split": "time", "valid_from": "2016", "test_from": "2016"}, r"valid_from 2016 is not before test_from 2016"),
         ({"item_columns": ("item=",)}, r"no column for item among the 4 found .*; try --item-columns item=NAME$"),
         ({"items": "nowhere.csv"}, r"nowhere.csv: no such file"),
         ({"sep": "\\t"}, r"no column for user and item among the 1 found .*try --sep ','"),
