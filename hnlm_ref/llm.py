@@ -27,6 +27,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -246,7 +247,11 @@ def chat_ids(tokenizer: Any, message: str) -> list[int]:
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": message}]
         how = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
-        return list(tokenizer.apply_chat_template(chat, enable_thinking=False, **how))
+        try:
+            return list(tokenizer.apply_chat_template(chat, enable_thinking=False, **how))
+        except TemplateError as error:
+            told = f"the chat template of {tokenizer.name_or_path or 'the model'} fails on a user's message ({error})"
+            raise UserError(f"{told}; mend its chat_template, or name another model") from error
     return special_ids(tokenizer)[0] + encode(tokenizer, [message])[0]
 
 

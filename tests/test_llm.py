@@ -184,6 +184,16 @@ def test_a_chat_template_that_writes_bos_gives_one_bos():
     assert ids == [0, *llm.encode(tokenizer, [hostile + "!"])[0]]  # case D06
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('system first') }}", "{% for m in %}", "{{ x.y.z }}"])
+def test_a_chat_template_that_fails_is_one_sentence(template):
+    _, tokenizer = llm.tiny_model()
+    tokenizer.chat_template = template
+    with pytest.raises(
+        UserError, match=r"the chat template of .* fails on a user's message .*; mend its chat_template"
+    ):
+        llm.chat_ids(tokenizer, "hi")
+
+
 def negative_model(seed: int = 0, n_out: int = 3, rank: int = 4) -> llm.NegativeModel:
     base, _ = llm.load_llm("tiny", "cpu")
     rng = np.random.default_rng(5)
