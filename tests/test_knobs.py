@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, fields
 
+import click
 import pytest
 
-from hnlm_ref.artifacts import STAGES
+from hnlm_ref.artifacts import STAGES, Run
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
-from hnlm_ref.knobs import cast, check, knob, load_preset, method_knobs, resolve
+from hnlm_ref.knobs import cast, check, knob, load_preset, method_knobs, resolve, stage_command
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Config:
     lr: float = knob(0.1, "learning rate")
     k: tuple[int, ...] = knob((10,), "lengths", low=1)
     mode: str = knob("text", "mode", choices=("text", "cf"))
-    cut: float | None = knob(None, "cut")
+    cut: float | None = knob(None, "cut", low=0, high=1)
     deep: bool = knob(False, "deep")
 
 
@@ -32,8 +33,10 @@ def test_the_last_layer_that_names_a_knob_wins():
         (float, 5, 5.0),
         (float, "1e-3", 0.001),
         (bool, "true", True),
-        (tuple[int, ...], "5, 10", (5, 10)),
+        (bool, "False", False),
+        (tuple[int, ...], "5, 10,", (5, 10)),
         (tuple[str, ...], ["a"], ("a",)),
+        (tuple[str, ...], "a, b", ("a", "b")),
         (float | None, "none", None),
         (float | None, "2", 2.0),
     ],
@@ -52,6 +55,9 @@ def test_a_value_is_cast_to_the_type_of_its_knob(kind, value, wanted):
         ({"n_epochs": 2**31}, "preset: n_epochs = 2147483648: a whole number below 2^31 is wanted"),
         ({"lr": float("nan")}, "preset: lr = nan: a number is wanted"),
         ({"lr": "inf"}, "preset: lr = 'inf': a number is wanted"),
+        ({"lr": "-inf"}, "preset: lr = '-inf': a number is wanted"),
+        ({"cut": -0.01}, "preset: cut = -0.01: at least 0 is wanted"),
+        ({"cut": 1.01}, "preset: cut = 1.01: at most 1 is wanted"),
         ({"k": []}, "preset: k = []: at least one is wanted"),
         ({"k": 10}, "preset: k = 10: a list is wanted"),
         ({"k": [10, 0]}, "preset: k = [10, 0]: at least 1 is wanted"),
@@ -71,6 +77,11 @@ def test_every_default_could_be_named_as_well(stage):
         assert check(field, field.default) == field.default
 
 
+def test_bounds_are_among_the_values_and_none_is_held_against_no_bound():
+    cuts = [resolve(Config, ("preset", {"cut": value})).cut for value in (0, 1, "none")]
+    assert cuts == [0.0, 1.0, None]
+
+
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="no preset 'tay': did you mean 'toy'"):
         load_preset("tay")
@@ -85,6 +96,7 @@ def test_a_preset_with_an_unknown_table_or_broken_toml_is_refused(tmp_path):
         load_preset(str(tmp_path / "b.toml"))
     for text, sentence in (
         ("run = 3", "run = 3: a table of knobs"),
+        ("methods = 3", "methods = 3: a table of knobs"),
         ("[methods]\na = 'dns'", "methods = {'a': 'dns'}: a table of knobs"),
         ("[grid]\na = 3", "grid = {'a': 3}: a table of knobs"),
         ("extends = 3", "extends = 3: the name of another preset"),
@@ -99,6 +111,64 @@ def test_a_method_without_a_table_is_the_sampler_of_that_name():
     tables = {"methods": {"hard": {"sampler": "dns"}}}
     assert method_knobs(tables, "hard") == {"sampler": "dns"}
     assert method_knobs(tables, "uniform") == {"sampler": "uniform"}
+    assert method_knobs(tables, "hard@pool_size=8@lr=1") == {"sampler": "dns", "pool_size": "8", "lr": "1"}
+
+
+def test_a_stage_gets_what_the_command_line_its_preset_and_the_defaults_say(tmp_path):
+    preset, seen = tmp_path / "mine.toml", []
+    shared = f"run_dir = '{tmp_path}/x/{{preset}}'\nseed = 3\nn_seeds = 2\nmethods = ['b', 'a', 'b']\nn_threads = 2\n"
+    preset.write_text(f"[run]\n{shared}[prep]\nn_epochs = 5\nlr = 0.5\n", encoding="utf-8")
+    command = stage_command("prep", Config, lambda cfg, run: seen.append((cfg, run)) or {})
+    command.main(["--preset", str(preset), "--lr", "0.2", "--deep", "--device", "cpu"], standalone_mode=False)
+    folder = tmp_path / "x" / "mine"
+    run = Run(folder, 3, "cpu", 2, str(preset), ("b", "a"), 2, folder / ".prep.partial")
+    assert seen == [(Config(n_epochs=5, lr=0.2, deep=True), run)]
+    command.main(["--run-dir", str(folder.with_name("custom"))], standalone_mode=False)
+    assert seen[1][0] == Config() and seen[1][1].methods == ("uniform", "dns", "hnlm")
+
+
+@dataclass(frozen=True)
+class Train:
+    method: str = knob("uniform", "method")
+    sampler: str = knob("uniform", "sampler", choices=("uniform", "dns"))
+    lr: float = knob(0.1, "learning rate")
+
+
+def test_a_training_reads_the_table_of_its_method_between_the_stage_s_and_the_command_line():
+    configure = stage_command("train", Train, lambda cfg, run: {}).configure
+    tables = {"train": {"method": "hard", "lr": 0.5}, "methods": {"hard": {"sampler": "dns", "lr": 0.25}}}
+    for words, wanted in (
+        ({}, Train("hard", "dns", 0.25)),
+        ({"lr": 1.0}, Train("hard", "dns", 1.0)),
+        ({"method": "uniform"}, Train("uniform", "uniform", 0.5)),
+        ({"method": "hard@lr=2"}, Train("hard@lr=2", "dns", 2.0)),
+        ({"method": "mine", "sampler": "dns"}, Train("mine", "dns", 0.5)),  # no sampler is called mine
+    ):
+        assert configure(tables, ("", words)) == wanted
+    assert configure({}, ("", {})) == Train() and configure({"train": {"lr": 2}}, ("", {})).lr == 2
+    for method, sentence in (
+        ("hard@lrr=2", "preset [methods.hard@lrr=2]: unknown key 'lrr'; did you mean 'lr'?"),
+        ("dnn", "method 'dnn', which has no table in a preset: sampler = 'dnn': one of uniform, dns is wanted"),
+    ):
+        with pytest.raises(UserError) as error:
+            configure(tables, ("", {"method": method}))
+        assert error.value.message == sentence
+
+
+def test_help_gives_each_knob_the_kind_of_its_value_and_its_default():
+    command = stage_command("prep", Config, lambda cfg, run: {})
+    text = " ".join(command.get_help(click.Context(command)).split())
+    for line in (
+        "Knobs: where a value comes from, and what is said when it is wrong. Options:",
+        "--n-epochs INT epochs [default: 3]",
+        "--k LIST lengths [default: 10]",
+        "--mode [text|cf] mode [default: text]",
+        "--cut FLOAT cut [default: None]",
+        "--deep / --no-deep deep [default: False]",
+        "--run-dir TEXT folder of the run",
+    ):
+        assert line in text
+    assert "--n-seeds" not in text and "--methods" not in text
 
 
 def test_every_field_carries_a_help_text():
