@@ -85,8 +85,8 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
     """Several requests at once, each retried with back-off; the last error when the server had no answer in the end.
 
     Ends early when none of the first 2 * concurrency questions was answered: the server is down.
-    A key is read from the environment variable OPENAI_API_KEY. A refused request (4xx) is a UserError: the next one
-    would be refused too.
+    A key is read from the environment variable OPENAI_API_KEY. A refused request (4xx) is a UserError: raised, as the
+    next one would be refused too, or given where the question itself may be at fault (too long), and not tried again.
     """
     url = f"{(cfg.endpoint or '').rstrip('/')}/chat/completions"
     headers, stop = {"Content-Type": "application/json"}, threading.Event()
@@ -114,7 +114,10 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
                     detail = ""
                     with contextlib.suppress(OSError, http.client.HTTPException):
                         detail = error.read(200).decode(errors="replace").strip()
-                    raise UserError(f"{url} refused the request: {error.code} {error.reason} {detail}") from error
+                    refusal = UserError(f"{url} refused the request: {error.code} {error.reason} {detail}")
+                    if error.code in (400, 413, 422):
+                        return refusal
+                    raise refusal from error
             except (OSError, ValueError, TypeError, LookupError, RecursionError, http.client.HTTPException) as error:
                 failure = error  # no connection, time-out, broken answer: worth another try
         return failure
@@ -124,8 +127,12 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
         n_failed: float = 0  # minus infinity once there was an answer
         try:
             for future in as_completed(running):
-                yield running[future], future.result()
-                n_failed += 1 if isinstance(future.result(), Exception) else -math.inf
+                said = future.result()
+                yield running[future], said
+                if not isinstance(said, Exception):
+                    n_failed = -math.inf
+                elif not (done and isinstance(said, UserError)):  # it has answered others under the same settings
+                    n_failed += 1
                 if n_failed >= 2 * cfg.concurrency:
                     return
         finally:

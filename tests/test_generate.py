@@ -300,6 +300,26 @@ def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tm
     assert not (tmp_path / "t.jsonl").exists()
 
 
+def test_a_question_refused_for_its_own_sake_fails_alone_and_is_not_tried_again(server, tmp_path):
+    Server.plan = {"long": [400], "large": [413]}
+    questions, path = ["a", "long", "large", *["long"] * 7, "b"], tmp_path / "t.jsonl"
+    many, few = (partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=n)) for n in (5, 1))
+    kept = json.dumps({"number": 10, "status": "ok", "text": "kept", "raw": "r"}) + "\n"
+    for answer, before, n_asked, last in ((many, "", 11, "b"), (few, kept, 10, "kept")):
+        (tmp_path / "t.jsonl.part").write_text(before, encoding="utf-8")
+        Server.seen = []
+        replies = profiles.ask(questions, [{}] * 11, path, answer, prompts.NEGATIVE_KEY)
+        assert [r.text for r in replies] == ["a", *[None] * 9, last] and len(Server.seen) == n_asked
+        assert {r.status for r in replies[1:10]} == {"failed"} and "request: 413 Request Entity" in replies[2].raw
+    kept = kept.replace("10", "0")  # and the server has nothing but refusals for the rest
+    (tmp_path / "t.jsonl.part").write_text(kept, encoding="utf-8")
+    replies = profiles.ask(["a", *["long"] * 9], [{}] * 10, path, few, prompts.NEGATIVE_KEY)
+    assert [r.text for r in replies] == ["kept", *[None] * 9]
+    with pytest.raises(UserError, match=r"no question of 9 was answered \(UserError: http.* refused the request: 400"):
+        profiles.ask(["long"] * 9, [{}] * 9, path, few, prompts.NEGATIVE_KEY)
+    assert len((tmp_path / "t.jsonl.part").read_text(encoding="utf-8").splitlines()) == 2  # 2 * concurrency
+
+
 def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server, tmp_path):
     bodies = ['{"choices": null}', '{"choices": [{"message": {"content": ["x"]}}]}', "[]"]
     Server.plan = {"a": [*(body.ljust(99) for body in bodies), "[" * 99_999, "cut", 200], "b": ["cut"]}
