@@ -287,7 +287,12 @@ class Run:
             command = f"hnlm-ref {name}" + (f" --preset {self.preset}" if self.preset else "")
             command += f" --method {method[0]} --seed {method[1].removeprefix('seed')}" if method else ""
             raise UserError(f"{self.dir / stage} is not finished; run: {command} --run-dir {self.dir}")
-        return load_json(path)
+        found = load_json(path)
+        with whole(path):
+            for name in ("knobs", "inputs", "files", "counts", "timing", "versions"):
+                if not isinstance(found.get(name, {}), dict):
+                    raise ValueError(f"{name} is no JSON object")
+        return found
 
     def fingerprint(self, stage: str) -> str:
         return self.manifest(stage)["fingerprint"]
@@ -302,9 +307,7 @@ class Run:
 
     def test(self) -> Csr:
         """The test part: for stage 05, once, after everything is trained (case C13), and for what shows its result."""
-        folder = self.folder("prep")
-        n_items = int(load_json(folder / "manifest.json")["counts"]["items"])
-        return load_csr(folder, "test", n_items)
+        return load_csr(self.folder("prep"), "test", self.manifest("prep")["counts"]["items"])
 
     def check_test(self) -> None:
         """Raises UserError where prep held out nothing for the test: known before anything is trained."""
@@ -471,7 +474,7 @@ def _promote(partial: Path, final: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """A link goes without what it points at: a folder of another run may stand in for one of this run's."""
-    folder.unlink(missing_ok=True) if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:

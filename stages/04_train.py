@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, load_json, load_npy, resolve_path, save_jsonl, save_npy
+from hnlm_ref.artifacts import Run, load_npy, resolve_path, save_jsonl, save_npy
 from hnlm_ref.console import UserError, say
 from hnlm_ref.knobs import knob, stage_command
 
@@ -95,7 +95,7 @@ def generated_folder(cfg: TrainConfig, run: Run) -> Path:
     folder = resolve_path(cfg.generate_dir)
     if not (folder / "manifest.json").exists():
         raise UserError(f"generate_dir {folder} is no finished generate folder: it has no manifest.json")
-    made_from, here = load_json(folder / "manifest.json")["inputs"].get("prep", "none"), run.fingerprint("prep")
+    made_from, here = Run(folder.parent).manifest(folder.name)["inputs"].get("prep", "none"), run.fingerprint("prep")
     if made_from != here:
         raise UserError(f"generate_dir {folder} was made from prep {made_from}, this run's prep is {here}")
     return folder

@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +89,16 @@ def test_death_between_manifest_and_rename_is_mended_without_working_again(tmp_p
     (tmp_path / "prep").rename(tmp_path / ".prep.partial")
     stage(run, "prep", 1, calls)
     assert calls == ["fresh"] and (tmp_path / "prep" / "manifest.json").exists()
+    shutil.copytree(tmp_path / "prep", tmp_path / ".prep.old")  # died before the replaced folder was gone
+    stage(run, "prep", 2, calls)
+    assert load_npy(tmp_path / "prep" / "result.npy") == [4] and [p.name for p in tmp_path.iterdir()] == ["prep"]
+
+
+def test_every_process_gets_as_many_pieces_and_a_repeated_one_does_not_count():
+    shares = [
+        list(artifacts.own_share(["a", "b", "c"], SimpleNamespace(num_processes=2, process_index=n))) for n in (0, 1)
+    ]
+    assert shares == [[(0, "a", True), (2, "c", True)], [(1, "b", True), (3, "a", False)]]
 
 
 def test_a_stage_that_fails_at_once_leaves_nothing_behind(tmp_path):
@@ -116,7 +128,10 @@ def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "cure"),
-    [("hnlm_ref._core", "pip install --editable"), ("transformers", r"pip install 'hnlm-ref\[llm\]'")],
+    [
+        ("hnlm_ref._core", r"^\[sft\] the Rust extension is missing; build it with: pip install --editable \.$"),
+        ("transformers", r"^\[sft\] .*transformers.*; run: pip install 'hnlm-ref\[llm\]'$"),
+    ],
 )
 def test_a_missing_module_is_one_sentence_with_its_cure(tmp_path, monkeypatch, module, cure):
     monkeypatch.setitem(sys.modules, module, None)
@@ -144,6 +159,8 @@ def test_a_missing_input_names_the_command_that_makes_it(tmp_path):
     run = Run(tmp_path, preset="toy")
     with pytest.raises(UserError, match="run: hnlm-ref train --preset toy --method dns --seed 0 --run-dir"):
         run.folder("train/dns/seed0")
+    with pytest.raises(UserError, match=rf"is not finished; run: hnlm-ref sft --run-dir {tmp_path}$"):
+        Run(tmp_path).folder("sft")
 
 
 def test_the_manifest_repeats_knobs_counts_and_the_bytes_of_every_file(tmp_path):
@@ -159,13 +176,16 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
     save_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         save_jsonl(tmp_path / "a.json", [{"a": 1}, {"a": object()}])
+    with pytest.raises(ValueError, match="allow_pickle"):
+        save_npy(tmp_path / "a.json", np.array([{"a": 1}]))
     assert load_json(tmp_path / "a.json") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_set_of_pairs_is_sorted_unique_and_keeps_empty_rows():
     csr = Csr.from_pairs(np.array([2, 0, 2, 2]), np.array([1, 3, 0, 1]), 4, 5)
     assert csr.indptr.tolist() == [0, 1, 1, 3, 3] and csr.indices.tolist() == [3, 0, 1]
-    assert csr.pairs().tolist() == [[0, 3], [2, 0], [2, 1]] and csr.degrees().tolist() == [1, 0, 2, 0]
+    assert csr.pairs().dtype == np.int32 and csr.pairs().tolist() == [[0, 3], [2, 0], [2, 1]]
+    assert csr.degrees().tolist() == [1, 0, 2, 0]
     both = csr.union(Csr.from_pairs(np.array([1, 2]), np.array([4, 1]), 4, 5))
     assert both.pairs().tolist() == [[0, 3], [1, 4], [2, 0], [2, 1]]
     for rows, cols, sentence in (([4], [0], "row 4 is"), ([1], [5], "column 5 is"), ([1], [-1], "column -1 is")):
@@ -179,12 +199,54 @@ def test_a_package_that_is_not_installed_is_named_with_its_pip_line():
     with pytest.raises(UserError, match=r"holds no 'nothing\.txt'"):
         resolve_path("package:numpy/nothing.txt")
     assert resolve_path("package:numpy/__init__.py").name == "__init__.py"
+    for wrong in ("package:no.such/file", "package:/file", "package:typing/file"):  # typing is no folder
+        with pytest.raises(UserError, match="is not installed"):
+            resolve_path(wrong)
+
+
+def test_an_input_is_known_by_content_a_folder_by_its_files_and_a_large_file_by_size_and_time(tmp_path, monkeypatch):
+    file, twin, folder = (tmp_path / name for name in ("file", "twin", "folder"))
+    for path in (file, twin):
+        path.write_bytes(b"1234")
+    folder.mkdir()
+    (folder / "a").write_bytes(b"1234")
+    known = artifacts.file_fingerprint
+    before, inside = known(file), known(folder)
+    assert known(tmp_path / "none") == "absent" and before == known(twin) == "03ac674216f3e15c"  # sha256sum
+    (folder / "below").mkdir()
+    assert known(folder) == inside != before
+    for change in (lambda: (folder / "a").write_bytes(b"1235"), lambda: (folder / "a").rename(folder / "b")):
+        change()
+        assert known(folder) != inside
+        inside = known(folder)
+    monkeypatch.setattr(artifacts, "LARGE", 4)
+    assert known(file) == before
+    monkeypatch.setattr(artifacts, "LARGE", 3)
+    os.utime(file, ns=(0, 5))
+    assert known(file) == "4@5"
 
 
 def test_a_run_directory_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"\[prep\] .*file"):
         stage(dataclasses.replace(Run(tmp_path), dir=tmp_path / "file"), "prep", 1, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device", "a.npy"), "a.npy: No space left on device"),
+        (OSError(28, "No space left on device"), "{partial}: No space left on device"),
+        (OSError("8 requested and 0 written"), "{partial}: 8 requested and 0 written"),  # NumPy of a full disk
+    ],
+)
+def test_a_full_disk_is_one_sentence_with_the_place(tmp_path, error, told):
+    def main(run):
+        raise error
+
+    with pytest.raises(UserError) as found:
+        run_stage("prep", Run(tmp_path), {}, {}, "key", main)
+    assert found.value.message == "[prep] " + told.format(partial=tmp_path / ".prep.partial")
 
 
 def test_several_processes_where_they_cannot_help_are_refused(tmp_path, monkeypatch):
@@ -225,9 +287,19 @@ def test_a_json_file_holds_an_object(tmp_path):
         load_json(tmp_path / "a.json")
 
 
-def test_a_preparation_that_lacks_lines_is_refused(toy_run, tmp_path):
+@pytest.mark.parametrize(("entry", "value"), [("inputs", []), ("counts", 3), ("files", None)])
+def test_a_manifest_with_a_value_of_the_wrong_kind_is_damaged(tmp_path, entry, value):
+    stage(Run(tmp_path), "prep", 1, [])
+    path = tmp_path / "prep" / "manifest.json"
+    save_json(path, {**load_json(path), entry: value})
+    with pytest.raises(UserError, match=rf"manifest\.json is damaged \({entry} is no JSON object\); delete its folder"):
+        Run(tmp_path).inputs(["prep"])
+
+
+@pytest.mark.parametrize("name", ["users.jsonl", "items.jsonl"])
+def test_a_preparation_that_lacks_lines_is_refused(toy_run, tmp_path, name):
     shutil.copytree(toy_run / "prep", tmp_path / "prep")
-    lines = (tmp_path / "prep" / "users.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "prep" / "users.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
+    lines = (tmp_path / "prep" / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "prep" / name).write_text("".join(lines[:3]), encoding="utf-8")
     with pytest.raises(UserError, match=r"users\.jsonl or items\.jsonl lacks lines"):
         Run(tmp_path).prep()
