@@ -22,7 +22,7 @@ def equal_groups(counts: np.ndarray, n_groups: int) -> np.ndarray:
     order = np.argsort(counts, kind="stable")
     middle = np.cumsum(counts[order]) - counts[order] / 2
     groups = np.empty(len(counts), np.int64)
-    groups[order] = np.minimum(middle * n_groups / max(counts.sum(), 1), n_groups - 1)
+    groups[order] = middle * n_groups / max(counts.sum(), 1)
     return groups
 
 
@@ -65,7 +65,7 @@ def describe_negatives(
     to_cell = np.array([test.n_cols, 1], np.int64)
     false = np.isin(pairs @ to_cell, test.pairs() @ to_cell)
     drawn, free = np.bincount(pairs[:, 0], minlength=test.n_rows), test.n_cols - train.degrees()
-    used = np.bincount(pairs[:, 1], minlength=test.n_cols)
+    used = np.bincount(pairs[:, 1])
     told = {
         "n": len(pairs),
         "distinct_items": int((used > 0).sum()),

@@ -18,10 +18,13 @@ def test_groups_hold_equal_shares_of_the_interactions():
     counts = np.array([6, 1, 1, 2, 2])
     assert analyses.equal_groups(counts, 2).tolist() == [1, 0, 0, 0, 0]
     assert analyses.equal_groups(np.array([1, 1, 1, 1]), 2).tolist() == [0, 0, 1, 1]  # ties are cut by number
+    assert analyses.equal_groups(np.ones(400, int), 2).tolist() == [0] * 200 + [1] * 200
     assert analyses.equal_groups(np.array([0, 0]), 3).tolist() == [0, 0]
-    groups = analyses.describe_groups(analyses.equal_groups(counts, 2), counts, np.array([0, 3, 4]), 2)
+    assert analyses.equal_groups(np.array([0, 0, 7]), 5).tolist() == [0, 0, 2]  # the middle of all there is
+    groups = analyses.describe_groups(analyses.equal_groups(counts, 2), counts, np.array([0, 3, 4]), 3)
     assert groups[0] == {"members": 4, "interactions": 6, "test_pairs": 2}
     assert groups[1] == {"members": 1, "interactions": 6, "test_pairs": 1}
+    assert groups[2:] == [{"members": 0, "interactions": 0, "test_pairs": 0}]
 
 
 def test_the_mean_of_a_group_leaves_out_what_is_missing_and_says_so_when_nothing_is_left():
@@ -37,23 +40,41 @@ def test_the_spread_of_lists_is_counted_over_the_whole_catalogue():
     lists = np.array([[0, 1], [0, 1], [0, -1], [2, -1]])
     found = analyses.describe_lists(lists, np.array([9, 4, 3, 2, 1]))
     assert found == {"coverage": 0.6, "gini": pytest.approx(16 / 30), "head_share": 0.5}
+    ends = np.array([[0, 79], [80, 399]])  # all are as popular: the first fifth by number is the head
+    assert analyses.describe_lists(ends, np.ones(400, int))["head_share"] == 0.5
 
 
 def test_false_negatives_are_held_against_chance():
     """User 0 took 2 of 6 items and holds out 1: chance 1/4; user 1 took 1 and holds out 2: chance 2/5.
 
-    Drawn: (0, 2) false, (0, 3), (1, 4) false, (1, 5) false.
+    User 3 took 5 and holds out the last. Drawn: (0, 2) false, (0, 3) twice, (1, 4) false, (1, 5) false, (3, 5) false.
     """
-    train, test = csr([[0, 1], [0], [0]], 6), csr([[2], [4, 5], []], 6)
-    pairs = np.array([[0, 2], [0, 3], [1, 4], [1, 5]], np.int32)
+    train, test = csr([[0, 1], [0], [0], [0, 1, 2, 3, 4]], 6), csr([[2], [4, 5], [], [5]], 6)
+    pairs = np.array([[0, 2], [0, 3], [0, 3], [1, 4], [1, 5], [3, 5]], np.int32)
     found = analyses.describe_negatives(pairs, train, test, None, 1)
-    assert (found["n"], found["distinct_items"], found["top_item_share"]) == (4, 4, 0.25)
-    assert found["false"][0] == 0.75 and found["chance"] == pytest.approx((2 / 4 + 2 * 2 / 5) / 4)
+    assert (found["n"], found["distinct_items"], found["top_item_share"]) == (6, 4, 2 / 6)
+    assert found["false"][0] == 4 / 6 and found["chance"] == pytest.approx((3 / 4 + 2 * 2 / 5 + 1) / 6)
     # Warm-up scores are the item numbers: of user 0's free items 2 3 4 5, none lies below 2 and one of three below 3;
-    # of user 1's free items 1 2 3 4 5, three of four lie below 4, all below 5.
-    warm_up = np.ones((3, 1), np.float32), np.arange(6, dtype=np.float32)[:, None]
+    # of user 1's free items 1 2 3 4 5, three of four lie below 4, all below 5; user 3 has one.
+    warm_up = np.ones((4, 1), np.float32), np.arange(6, dtype=np.float32)[:, None]
     hard = analyses.describe_negatives(pairs, train, test, warm_up, 1)["percentile"]
-    assert hard == pytest.approx((0 + 1 / 3 + 3 / 4 + 1) / 4)
+    assert hard == pytest.approx((0 + 2 * 1 / 3 + 3 / 4 + 1 + 0) / 6)
+
+
+def test_generated_negatives_are_counted_and_paired_with_their_users():
+    """Three pairs, the second without a match; of 0.1, 0.5 and 0.9 the quartiles are 0.3, 0.5 and 0.7."""
+    made = {
+        "pairs": np.array([[0, 1], [0, 2], [3, 0]], np.int32),
+        "matches": np.array([[4, -1], [-1, -1], [0, 5]], np.int32),
+        "match_scores": np.array([[0.5, -1], [-1, -1], [0.9, 0.1]]),
+        "replies": [{"status": "ok"}, {"status": "bad"}, {"status": "ok"}],
+    }
+    told, pairs = analyses.describe_generated(made)
+    assert told.pop("similarity") == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert told == {"pairs": 3, "without_match": 1, "status": {"ok": 2, "bad": 1}}
+    assert pairs.tolist() == [[0, 4], [3, 0], [3, 5]]
+    told, pairs = analyses.describe_generated({**made, "matches": np.full((3, 2), -1), "replies": None})
+    assert told == {"pairs": 3, "without_match": 3, "similarity": None, "status": {}} and pairs.shape == (0, 2)
 
 
 def test_metrics_json_says_what_a_slow_twin_says(toy_run):

@@ -1,14 +1,16 @@
 """Knobs: where a value comes from, and what is said when it is wrong."""
 
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import click
 import pytest
 
 from hnlm_ref.artifacts import STAGES, Run
 from hnlm_ref.cli import load_stage
-from hnlm_ref.console import UserError
-from hnlm_ref.knobs import cast, check, knob, load_preset, method_knobs, resolve, stage_command
+from hnlm_ref.console import QUIET, UserError
+from hnlm_ref.knobs import RunConfig, cast, check, knob, load_preset, method_knobs, resolve, stage_command
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,21 @@ def test_bounds_are_among_the_values_and_none_is_held_against_no_bound():
     assert cuts == [0.0, 1.0, None]
 
 
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        ({"seed": -1}, "at least 0"),
+        ({"n_seeds": 0}, "at least 1"),
+        ({"n_threads": -1}, "at least 0"),
+        ({"n_threads": 1025}, "at most 1024"),
+        ({"device": "gpu"}, "one of auto, cpu, cuda"),
+    ],
+)
+def test_what_all_stages_share_has_bounds(layer, sentence):
+    with pytest.raises(UserError, match=f"{sentence} is wanted"):
+        resolve(RunConfig, ("preset [run]", layer))
+
+
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="no preset 'tay': did you mean 'toy'"):
         load_preset("tay")
@@ -114,7 +131,8 @@ def test_a_method_without_a_table_is_the_sampler_of_that_name():
     assert method_knobs(tables, "hard@pool_size=8@lr=1") == {"sampler": "dns", "pool_size": "8", "lr": "1"}
 
 
-def test_a_stage_gets_what_the_command_line_its_preset_and_the_defaults_say(tmp_path):
+def test_a_stage_gets_what_the_command_line_its_preset_and_the_defaults_say(tmp_path, monkeypatch):
+    monkeypatch.setenv(QUIET, "")
     preset, seen = tmp_path / "mine.toml", []
     shared = f"run_dir = '{tmp_path}/x/{{preset}}'\nseed = 3\nn_seeds = 2\nmethods = ['b', 'a', 'b']\nn_threads = 2\n"
     preset.write_text(f"[run]\n{shared}[prep]\nn_epochs = 5\nlr = 0.5\n", encoding="utf-8")
@@ -123,8 +141,12 @@ def test_a_stage_gets_what_the_command_line_its_preset_and_the_defaults_say(tmp_
     folder = tmp_path / "x" / "mine"
     run = Run(folder, 3, "cpu", 2, str(preset), ("b", "a"), 2, folder / ".prep.partial")
     assert seen == [(Config(n_epochs=5, lr=0.2, deep=True), run)]
-    command.main(["--run-dir", str(folder.with_name("custom"))], standalone_mode=False)
-    assert seen[1][0] == Config() and seen[1][1].methods == ("uniform", "dns", "hnlm")
+    assert os.environ[QUIET] == ""
+    monkeypatch.chdir(tmp_path)
+    command.main(["--quiet"], standalone_mode=False)
+    folder = Path("runs/custom")
+    run = Run(folder, methods=("uniform", "dns", "hnlm"), out=folder / ".prep.partial")
+    assert seen[1] == (Config(), run) and os.environ[QUIET] == "1"
 
 
 @dataclass(frozen=True)
