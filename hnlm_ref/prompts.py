@@ -116,9 +116,7 @@ def parse_reply(raw: str, key: str, positive_title: str | None = None) -> Reply:
     if value is not None and not isinstance(value, str):
         return Reply("bad", None, raw)
     value = (value or "").strip()
-    if value and any(
-        f'"{key}": "{value}"'.lower() in asked.lower() for asked in (NEGATIVE, ITEM_PROFILE, USER_PROFILE)
-    ):
+    if any(f'"{key}": "{value}"'.lower() in asked.lower() for asked in (NEGATIVE, ITEM_PROFILE, USER_PROFILE)):
         return Reply("bad", None, raw)  # small models repeat the example: SmolLM2-135M did in most answers it completed
     if value.lower() in ("", "none"):
         return Reply("no_negative", None, raw)

@@ -36,7 +36,7 @@ CLEAN = '{"hard_negative_item": "Orbit Chess Set", "reasoning": "r"}'
         ('{"hard_negative_item": false}', "bad", None),
         ('{"title": "x"} then {"hard_negative_item": "B"}', "ok", "B"),
         (f'Perhaps {{"hard_negative_item": "Old Set"}}.\n</think>\n\n{CLEAN}', "ok", "Orbit Chess Set"),
-        ('<think>never closed {"hard_negative_item": "Old Set"}', "bad", None),
+        ('<think>never\nclosed {"hard_negative_item": "Old Set"}', "bad", None),
         ('{"hard_negative_item": "Misérables (Les) {1998}"}', "ok", "Misérables (Les) {1998}"),
         ('{"a":' * 3_000, "bad", None),
     ],
@@ -70,6 +70,9 @@ def test_words_of_the_data_keep_their_braces_commas_and_quotes():
 def test_a_missing_title_is_named_as_missing_and_a_title_is_not_repeated():
     assert prompts.item_words({"title": "", "profile": "Drama"}) == "an item without title. Drama"
     assert prompts.item_words({"title": "", "profile": ""}) == "an item without title"
+    item = {"item": 0, "title": "", "text": ""}
+    assert "\nTitle: an item without title\nDescription: none given\n" in prompts.item_profile_prompt(item)
+    assert "\n- an item without title\n" in prompts.user_profile_prompt([item], {})
     assert prompts.item_words({"title": "Up", "profile": "Up. Comedy"}) == "Up. Comedy"
     assert prompts.item_words({"title": "Up", "profile": "Up"}) == "Up"
     assert prompts.item_words({"title": "Up", "profile": "For children."}) == "Up. For children."
