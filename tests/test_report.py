@@ -4,14 +4,16 @@ import html
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from hnlm_ref import pictures
+from hnlm_ref import pictures, report
 from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json, save_jsonl, save_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.report import compare, lay_out, mean_and_spread, table, write
-from hnlm_ref.view import View, open_runs
+from hnlm_ref.view import View, load_generated, open_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = '</script><script>document.title = "hacked"</script> & "quotes"'
@@ -52,21 +54,128 @@ def test_show_gives_one_user_s_history_negatives_and_recommendations(toy_run, cl
     view, prep = View(toy_run), Run(toy_run).prep()
     user = 5
     (told,) = json.loads(cli("show", toy_run, "--user", prep.users[user]["key"], "--json").stdout)["users"]
-    assert told["history"] == prep.history(user)[::-1][:20].tolist()
-    pairs, matches = (load_npy(toy_run / "generate" / f"{name}.npy") for name in ("pairs", "matches"))
+    history = prep.history(user)[::-1].tolist()
+    assert told["history"] == history[:20] and told["n_history"] == len(history)
+    pairs, matches, similarities = (
+        load_npy(toy_run / "generate" / f"{name}.npy") for name in ("pairs", "matches", "match_scores")
+    )
+    asked = pairs[pairs[:, 0] == user, 1].tolist()
+    assert [pair["positive"] for pair in told["pairs"]] == [item for item in history if item in asked][:5]
     for pair in told["pairs"]:
         (row,) = ((pairs[:, 0] == user) & (pairs[:, 1] == pair["positive"])).nonzero()[0]
         assert [item for item, _ in pair["matches"]] == matches[row][matches[row] >= 0][:5].tolist()
+        assert [value for _, value in pair["matches"]] == similarities[row][matches[row] >= 0][:5].tolist()
     assert told["held_out"] == view.run.test().row(user).tolist()
     folder = toy_run / "train" / "dns" / "seed0"
     scores = load_npy(folder / "item.npy") @ load_npy(folder / "user.npy")[user]
     known = set(view.known.row(user).tolist())
     free = sorted((item for item in range(prep.n_items) if item not in known), key=lambda item: -scores[item])
-    assert told["lists"]["dns"] == free[:20]
+    assert told["lists"]["dns"] == free[:20] and told["n_free"] == len(free)
+    for pair in told["pairs"]:  # a training item is placed among the others as if it were new
+        assert pair["places"]["dns"][0] == 1 + sum(scores[item] > scores[pair["positive"]] for item in free)
     for item, place in zip(
         (m for m, _ in told["pairs"][0]["matches"]), told["pairs"][0]["places"]["dns"][1:], strict=True
     ):
         assert item in known or free.index(item) + 1 == place
+
+
+def test_curves_run_over_epochs_or_the_seconds_until_their_end(toy_run):
+    view, folder = View(toy_run), toy_run / "train" / "dns" / "seed0"
+    log, seconds = load_jsonl(folder / "log.jsonl"), load_json(folder / "manifest.json")["timing"]["epoch_seconds"]
+    told = [row["valid_ndcg@20"] for row in log]
+    assert view.curves("dns", "valid_ndcg@20", False) == [(list(range(1, len(log) + 1)), told)]
+    ((times, values),) = view.curves("dns", "valid_ndcg@20", True)
+    assert times == pytest.approx([sum(seconds[: n + 1]) for n in range(len(log))]) and values == told
+    assert view.curves("dns", "no such column", False) == []
+
+
+def test_a_mean_over_seeds_is_taken_place_by_place_and_an_empty_group_stays_empty():
+    seeds = {"seed0": {"groups": [0.1, None], "lists": {"a": 1, "b": 2}}, "seed1": {"groups": [0.3, None], "lists": {}}}
+    view = SimpleNamespace(methods={"dns": seeds})
+    assert View.mean(view, "dns", "groups") == [pytest.approx(0.2), pytest.approx(float("nan"), nan_ok=True)]
+    seeds["seed1"]["lists"] = {"a": 2, "b": 5}
+    assert View.mean(view, "dns", "lists") == [1.5, 3.5]
+
+
+def test_pairs_without_a_readable_reply_are_there_again(tmp_path):
+    assert load_generated(Run(tmp_path))["pairs"].shape == (0, 2)
+    folder = tmp_path / "generate"
+    folder.mkdir()
+    save_json(folder / "manifest.json", {})
+    tables = {"pairs": np.array([[0, 1]], np.int32), "matches": np.array([[5, -1]], np.int32)}
+    for name, rows in {**tables, "match_scores": np.array([[0.5, -1]], np.float32)}.items():
+        save_npy(folder / f"{name}.npy", rows)
+    made = load_generated(Run(tmp_path))
+    assert made["replies"] is None and made["pairs"].tolist() == [[0, 1]]
+    replies = [{"status": "bad", "text": None, "raw": "?"}, {"status": "ok", "text": "Up", "raw": "{}"}]
+    save_jsonl(folder / "texts.jsonl", ({"user": 0, "item": n, **reply} for n, reply in enumerate(replies)))
+    made = load_generated(Run(tmp_path))
+    assert made["pairs"].tolist() == [[0, 0], [0, 1]] and made["replies"] == replies
+    assert made["matches"].tolist() == [[-1, -1], [5, -1]] and made["match_scores"].tolist() == [[-1, -1], [0.5, -1]]
+
+
+def told_of(n_seeds: int = 2, **metrics) -> SimpleNamespace:
+    """What the sentences and tables read of a view: dns has 0.1 and 0.3, hnlm 0.3 and 0.5 in every column."""
+    methods = {method: {f"seed{n}": {} for n in range(n_seeds)} for method in ("dns", "hnlm")}
+    scores = {"dns": [0.1, 0.3], "hnlm": [0.3, 0.5]}
+    timing = [{"timing": {"epoch_seconds": [1.0, 2.0]}, "knobs": {"backbone": "mf", "dim": 8}},
+              {"timing": {"epoch_seconds": [2.0]}}]  # fmt: skip
+    counts = {"users": 1200, "items": 3400, "train": 5600, "valid": 7, "test": 8}
+    return SimpleNamespace(
+        name="one", prefix="one: ", methods=methods, k=20, metrics={"k": [20], **metrics},
+        stages={"prep": {"counts": counts}},
+        values=lambda method, column: scores[method][:n_seeds],
+        training=lambda method: timing[:n_seeds],
+    )  # fmt: skip
+
+
+def test_the_rows_and_sentences_of_a_run_by_hand(tmp_path):
+    view = told_of()
+    rows = [["one: dns", "0.2000 ±0.1414", "0.2000 ±0.1414", "2", "2.5"],
+            ["one: hnlm", "0.4000 ±0.1414", "0.4000 ±0.1414", "2", "2.5"]]  # fmt: skip
+    assert report.result_rows([view]) == [["method", "recall@20", "ndcg@20", "seeds", "seconds"], *rows]
+    counts = "one: 1,200 users, 3,400 items, 5,600 / 7 / 8 train / valid / test pairs"
+    assert report.head(view) == f"{counts}; mf with 8 dimensions; language model: none"
+    view.stages["sft"] = {"knobs": {"model": "hub/SmolLM2"}}
+    assert report.head(view).endswith("; language model: SmolLM2")
+    best = "hnlm has the highest ndcg@20: 0.4000"
+    assert report.outcome(told_of(users=1200, subset=None)) == f"Over 1,200 users, {best}, before dns with 0.2000."
+    alone = told_of(users=7, subset=7)
+    del alone.methods["dns"]
+    assert report.outcome(alone) == f"Over 7 users (a subset), {best}."
+    few = {"n": 1234, "distinct_items": 5600, "top_item_share": 0.125, "false": [0.02, 0.01, 0.03], "chance": 0.01}
+    view = told_of(negatives={"dns": {**few, "percentile": 0.875}, "llm": {**few, "percentile": None, "chance": 0}})
+    share = "2.00% (1.00% to 3.00%)"
+    assert report.negative_rows([view])[1:] == [
+        ["one: dns", "1,234", "5,600", "12.50%", "87.5%", share, "1.00%", "2.0"],
+        ["one: llm", "1,234", "5,600", "12.50%", "-", share, "0.00%", "-"],
+    ]
+    assert report.generated_line(told_of(generated=None)) == "no generated negatives in this run"
+    made = {"pairs": 1000, "without_match": 2000, "similarity": None, "status": {"ok": 3000, "bad": 1}}
+    line = "generated: 1,000 pairs, 2,000 without a matched item"
+    assert report.generated_line(told_of(generated=made)) == f"{line}; 3,000 replies ok; 1 replies bad"
+    made = {**made, "similarity": [0.1, 0.2], "status": {}}
+    line += "; similarity, minimum, quartiles, maximum: 0.100, 0.200"
+    assert report.generated_line(told_of(generated=made)) == line
+    view.run = SimpleNamespace(dir=tmp_path)
+    assert report.quality_rows([view]) == []
+    (tmp_path / "generate").mkdir()
+    quality = {"matched": {"false_rate": 0.1, "recall": 0.25}, "popular": {"false_rate": 1, "recall": 0}}
+    save_json(tmp_path / "generate" / "quality.json", quality)
+    rows = [["one: matched", "0.100", "0.250"], ["one: popular", "1.000", "0.000"]]
+    assert report.quality_rows([view]) == [["on validation", "false rate", "recall"], *rows]
+
+
+def test_the_explorer_holds_users_evenly_from_the_least_to_the_most_active(toy_run):
+    view = View(toy_run)
+    degrees, keys = view.prep.train.degrees(), [user["key"] for user in view.prep.users]
+    tested = [u for u in range(60) if len(view.run.test().row(u))]
+    order = sorted(tested, key=lambda u: degrees[u])
+    told = report._explorer(view, 3)
+    middle = order[(len(order) - 1) // 2]
+    assert [user["key"] for user in told["users"]] == [keys[u] for u in (order[0], middle, order[-1])]
+    assert told["first"] == 1 and told["story"] == ["uniform", "hnlm"] and told["name"] == "run"
+    assert len(report._explorer(view, 500)["users"]) == len(tested)
 
 
 def test_show_in_the_terminal_is_plain_where_there_is_no_terminal(marked_run, cli):
@@ -131,6 +240,10 @@ def test_runs_of_other_users_stand_side_by_side_without_a_paired_test(toy_run, t
     told = compare(open_runs([toy_run, other]), "ndcg@20")
     assert ["p" in row for row in told] == [True, True, False, False, False]
     assert told[-1]["not compared"] == "other and run were split otherwise, or hold other data"
+    twin = shutil.copytree(toy_run, tmp_path / "twin" / "run")
+    assert [view.prefix for view in open_runs([toy_run, twin])] == [f"{toy_run}: ", f"{twin}: "]
+    assert [view.prefix for view in open_runs([toy_run, other])] == ["run: ", "other: "]
+    assert [view.prefix for view in open_runs([toy_run])] == [""]
     told = load_json(other / "eval" / "metrics.json")
     save_json(other / "eval" / "metrics.json", {**told, "k": [5]})
     with pytest.raises(UserError, match=r"evaluated with different K .*10,20.*5"):
