@@ -212,6 +212,7 @@ def test_a_pair_is_kept_once_after_the_rating_filter(case_input, tmp_path):
     done = prepare(tmp_path, case_input("a01_dups.csv"), min_rating=4)
     assert done.pairs() == {("u1", "i1"), ("u1", "i2"), ("u2", "i1"), ("u2", "i2")}
     assert (done.counts["below min_rating"], done.counts["repeated pairs"]) == (1, 1)
+    assert "below min_rating" not in prepare(tmp_path, "user,item\nu,i\n").counts
     done = prepare(tmp_path, "user,item\nu,i\n", min_rating=4)
     assert done.pairs() == {("u", "i")} and done.counts["below min_rating"] == "not applied, the log has no ratings"
 
@@ -244,6 +245,7 @@ def test_milliseconds_are_found_and_a_mixture_is_refused(case_input, tmp_path):
     assert done.counts["pairs"] == 3 and "time in ms" in done.counts["format"]
     with pytest.raises(UserError, match="line 3: time 1451606399000 cannot be in s"):
         prepare(tmp_path / "b", case_input("a07_ts_mixed.csv"))
+    assert prepare(tmp_path / "b", case_input("a07_ts_mixed.csv"), time_unit="s").counts["bad rows skipped"] == 0
 
 
 def test_held_out_rows_older_than_their_users_last_training_row_are_counted(tmp_path):
@@ -399,7 +401,7 @@ def test_reviews_are_those_of_the_rows_that_stay_cut_and_the_smaller_of_two(tmp_
 
 
 def test_profiles_hold_so_many_titles_and_so_much_text_and_the_first_of_two_rows_counts(tmp_path):
-    items = [f"i1,One,{'x' * 299} yz", "i2,Two,abc d", "i2,Again,", "i3,,", "i9,Other,"]
+    items = [f" i1 ,One,{'x' * 299} yz", "i2,Two,abc d", "i2,Again,", "i3,,", "i9,Other,"]
     (tmp_path / "items.csv").write_text("item,title,description\n" + "\n".join(items), encoding="utf-8")
     log = rows("u,i1,5,1500000001", "u,i2,5,1500000002", "u,i3,5,1500000003", "v,i3,5,1500000001")
     done = prepare(tmp_path, log, items=str(tmp_path / "items.csv"), test_ratio=0, valid_ratio=0, text_chars=302)

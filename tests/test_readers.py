@@ -104,6 +104,9 @@ LAYOUTS = {
     "tsv with quotes": ('user\titem\n"u ""1"""\ti1', None, 'u "1"', "i1"),
     "tsv with inches": ('user\titem\nu1\t5" pipe', None, "u1", '5" pipe'),
     "recbole with quotes": ('user_id:token\titem_id:token\nu1\t"i1"', None, "u1", '"i1"'),
+    "csv with two columns of users": ("user_id,userID,item\nu1,u2,i1", None, "u1", "i1"),
+    "json with numbers": ('{"user": 7, "item": 10}', None, "7", "10"),
+    "json of Python literals with numbers": ("{'user': 7, 'item': 10}", None, "7", "10"),
     "csv after a blank line": ("\n \nuser,item\nu1,i1", None, "u1", "i1"),
     "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
     "tsv": ("user\titem\ttime\nu1\ti1\t2015-01-01", "date", "u1", "i1"),
@@ -196,10 +199,11 @@ def test_a_recbole_folder_with_its_three_parts_is_a_ready_split(tmp_path):
 
 
 def test_the_parts_beside_a_sequence_are_sequences(tmp_path):
-    (tmp_path / "train.txt").write_text("1 2 3\n2 3 4 5\n", encoding="utf-8")
+    (tmp_path / "train.txt.gz").write_bytes(gzip.compress(b"1 2 3\n2 3 4 5\n"))
     (tmp_path / "test.txt").write_text("1 4 5\n2 2 9\n", encoding="utf-8")
     done = prepare(tmp_path / "run", tmp_path)
     assert done.pairs("test") == {("1", "4"), ("1", "5"), ("2", "2")} and done.counts["rows"] == 9
+    assert done.counts["format"] == "sequence, gzip, separator blanks, utf-8, user item item ..."
 
 
 def test_a_part_without_rows_is_refused_with_its_own_first_line(tmp_path):
@@ -215,6 +219,10 @@ def test_parquet_with_whole_number_ids_and_datetimes(tmp_path):
     frame.write_parquet(tmp_path / "log.parquet")
     with pytest.raises(UserError, match="line 2: no time"):
         prepare(tmp_path / "run", tmp_path / "log.parquet")
+    for day in (pl.date(2015, 1, 1), pl.datetime(2015, 1, 1)):
+        frame.with_columns(time=day).write_parquet(tmp_path / "log.parquet")
+        layout = readers.sniff(tmp_path / "log.parquet")
+        assert pl.concat(readers.frames(layout, readers.Bad()))["time"].to_list() == [1420070400.0] * 3
     frame.with_columns(time=pl.lit(1420070401)).write_parquet(tmp_path / "log.parquet")
     done = prepare(tmp_path / "run", tmp_path / "log.parquet", min_rating=4)
     assert done.pairs() == {("10", "7"), ("9", "7")} and done.user_keys == ["10", "9"]
@@ -323,13 +331,17 @@ def test_a_history_is_its_list_then_its_target_and_numbered_through_all_blocks(t
         assert found.rows() == [("u", "a", 0.0), ("u", "b", 1.0), ("u", "c", 2.0), ("v", "d", 3.0)]
 
 
-def test_blocks_cut_inside_a_quoted_field_are_put_together_again(tmp_path, monkeypatch):
-    text = "user,item,text\n" + "".join(f'u{n},i{n},"a\nb, ""c"" {"d" * (n % 7)}"\n' for n in range(300))
-    (tmp_path / "log.csv").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(readers, "BLOCK", 64)
-    found = pl.concat(readers.frames(readers.sniff(tmp_path / "log.csv"), readers.Bad(), text=True))
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_blocks_cut_inside_a_quoted_field_are_put_together_again(tmp_path, monkeypatch, encoding):
+    """Each record has two lines, after one of names: the row without item stands in line 602."""
+    text = "user,item,text\n" + "".join(f'u{n},é{n},"a\nb, ""c"" {"d" * (n % 7)}"\n' for n in range(300)) + "u,,x\n"
+    (tmp_path / "log.csv").write_text(text, encoding=encoding)
+    monkeypatch.setattr(readers, "BLOCK", 63)
+    bad = readers.Bad(skip=True)
+    found = pl.concat(readers.frames(readers.sniff(tmp_path / "log.csv"), bad, text=True))
     assert found["user"].to_list() == [f"u{n}" for n in range(300)]
-    assert found["text"][13] == 'a\nb, "c" dddddd'
+    assert (found["item"][13], found["text"][13]) == ("é13", 'a\nb, "c" dddddd')
+    assert bad.rows == [{"file": "log.csv", "line": 602, "why": "no item"}]
 
 
 # ---- broken files -------------------------------------------------------------------------------------------------
@@ -352,6 +364,7 @@ BROKEN = {
     "no item": (f"{HEADER}{ONE}\nu2, ,5,1420070400\n".encode(), r"line 3: no item"),
     "mixed types": (f"{HEADER}{ONE}\nu2,i2,good,1420070400\n".encode(), r"line 3: rating 'good' is no number"),
     "many": (HEADER.encode() + b"u,i,x,1\n" * 12, r"10: .* number; line 11: rating 'x' is no number and 2 more; mend"),
+    "after blank lines": (b"\n\nuser,item,rating\nu,i,5\nu,i,x\n", r"line 5: rating 'x' is no number"),
     "long rating": (f"{HEADER}{ONE}\nu2,i2,{'x' * 99},1\n".encode(), r"line 3: rating 'x{80}' is no number"),
     "blanks": (b"u1  i1 5\nu2 i2  five\n", r"line 2: rating 'five' is no number"),
     "NaN": (f"{HEADER}{ONE}\nu2,i2,nan,1420070400\n".encode(), r"line 3: rating 'nan' is no number"),
@@ -412,6 +425,9 @@ def test_bad_rows_are_skipped_counted_and_listed_when_asked_for(tmp_path):
         ),
         ({"date_from": "2015-01-31T10:00+02:00"}, r"cannot be compared .*; write a date like 2015-01-31"),
         ({"date_to": "nan"}, r"'nan' cannot be compared"),
+        ({"split": "leave-one", "columns": ("time=",)}, r"--split leave-one needs times"),
+        ({"split": "leave-two", "columns": ("time=",)}, r"--split leave-two needs times"),
+        ({"split": "time", "columns": ("time=",)}, r"--split time needs times"),
         ({"split": "time", "valid_from": "2016", "test_from": "2015"}, r"valid_from 2016 is not before test_from 2015"),
         ({"split": "time", "valid_from": "2016", "test_from": "2016"}, r"valid_from 2016 is not before test_from 2016"),
         ({"item_columns": ("item=",)}, r"no column for item among the 4 found .*; try --item-columns item=NAME$"),
