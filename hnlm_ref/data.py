@@ -372,7 +372,12 @@ def read_reviews(layout: Layout, train: Log, max_chars: int) -> Iterator[dict]:
         frame.join(pairs, on=on).select("u", "i", pl.col("text").str.slice(0, max_chars))
         for frame in frames(layout, Bad(skip=True), text=True)
     ]
-    table = pl.concat(found).drop_nulls().sort("u", "i", "text").unique(["u", "i"], keep="first", maintain_order=True)
+    table = (
+        pl.concat(found)
+        .filter(pl.col("text") != "")
+        .sort("u", "i", "text")
+        .unique(["u", "i"], keep="first", maintain_order=True)
+    )
     yield from ({"user": u, "item": i, "text": text} for u, i, text in table.iter_rows())
 
 

@@ -1,5 +1,6 @@
 """Stage 1 from end to end on small logs: cleaning, cores, splits, texts. The slow twin below says what is right."""
 
+import json
 import os
 import re
 from collections import Counter
@@ -401,6 +402,15 @@ def test_reviews_are_those_of_the_rows_that_stay_cut_and_the_smaller_of_two(tmp_
         prepare(tmp_path, log, review_chars=4, columns=("time=",), test_file=test_file)
         assert load_jsonl(tmp_path / "reviews.jsonl") == [{**taken[0], "text": "x"}, taken[1]]
     assert not (prepare(tmp_path / "none", log).folder / "reviews.jsonl").exists()
+
+
+def test_an_empty_review_is_none_in_every_format_and_beside_a_bad_row(tmp_path):
+    lines = [
+        json.dumps({"user": "u", "item": item, "text": text}) for item, text in (("a", ""), ("a", "fine"), ("b", ""))
+    ]
+    for log in ("\n".join(lines), "user,item,text\nu,a,\nu,a,fine\nu,b,\n,c,bad\n"):
+        prepare(tmp_path, log, review_chars=9, skip_bad_rows=True)
+        assert load_jsonl(tmp_path / "reviews.jsonl") == [{"user": 0, "item": 0, "text": "fine"}]
 
 
 def test_profiles_hold_so_many_titles_and_so_much_text_and_the_first_of_two_rows_counts(tmp_path):
