@@ -516,8 +516,8 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     for role in (role for role in ("rating", "time") if role in frame.columns):
         raw, value, wanted = pl.col(role).cast(pl.String), pl.col(role).cast(pl.Float64, strict=False), "number"
         if role == "time" and layout.unit == "date":
-            temporal, wanted = frame["time"].dtype.is_temporal(), "date"
-            value = pl.col("time").cast(pl.Datetime("us")).dt.timestamp("us") / 1e6 if temporal else _date(raw)
+            parsed, wanted = frame["time"].dtype in (pl.Date, pl.Datetime), "date"
+            value = pl.col("time").dt.timestamp("us") / 1e6 if parsed else _date(raw)
         whys.append(pl.when(raw.fill_null("").str.strip_chars() == "").then(pl.lit(f"no {role}")))
         fault = pl.format(f"{role} '{{}}' is no {wanted}", raw.str.slice(0, 80))
         whys.append(pl.when(~value.is_finite().fill_null(False)).then(fault))

@@ -104,6 +104,7 @@ LAYOUTS = {
     "tsv with quotes": ('user\titem\n"u ""1"""\ti1', None, 'u "1"', "i1"),
     "tsv with quotes that end within": ('user\titem\nu1\t"Big" box', None, "u1", '"Big" box'),
     "recbole with quotes": ('user_id:token\titem_id:token\nu1\t"i1"', None, "u1", '"i1"'),
+    "csv of semicolons in quotes": ('user;item\n"u;1";i1', None, "u;1", "i1"),
     "csv with two columns of users": ("user_id,userID,item\nu1,u2,i1", None, "u1", "i1"),
     "json with numbers": ('{"user": 7, "item": 10}', None, "7", "10"),
     "json of Python literals with numbers": ("{'user': 7, 'item': 10}", None, "7", "10"),
@@ -223,6 +224,9 @@ def test_parquet_with_whole_number_ids_and_datetimes(tmp_path):
         frame.with_columns(time=day).write_parquet(tmp_path / "log.parquet")
         layout = readers.sniff(tmp_path / "log.parquet")
         assert pl.concat(readers.frames(layout, readers.Bad()))["time"].to_list() == [1420070400.0] * 3
+    frame.with_columns(time=pl.time(1, 2, 3)).write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(UserError, match=r"line 1: time '01:02:03\S*' is no date"):
+        prepare(tmp_path / "run", tmp_path / "log.parquet", time_unit="date")
     frame.with_columns(time=pl.lit(1420070401)).write_parquet(tmp_path / "log.parquet")
     done = prepare(tmp_path / "run", tmp_path / "log.parquet", min_rating=4)
     assert done.pairs() == {("10", "7"), ("9", "7")} and done.user_keys == ["10", "9"]
@@ -292,6 +296,8 @@ def test_a_log_of_no_known_format_and_without_names_is_user_item_rating_time(tmp
     (tmp_path / "log").write_text("1,2,5,1400000000\n", encoding="utf-8")
     layout = readers.sniff(tmp_path / "log")
     assert layout.columns == {"user": "1", "item": "2", "rating": "3", "time": "4"} and layout.unit == "s"
+    named = readers.sniff(tmp_path / "log", "amazon-2018-ratings")  # its ids tell the format, if they are Amazon's
+    assert named.columns == {"item": "1", "user": "2", "rating": "3", "time": "4"}
     (tmp_path / "log").write_text("{u},{i}\n", encoding="utf-8")  # no JSON if a separator is named
     assert readers.sniff(tmp_path / "log", sep=",", header=False).columns == {"user": "1", "item": "2"}
     placed = readers.sniff(tmp_path / "log", sep=",", header=False, columns=("item=1", "user=2"))
@@ -365,6 +371,7 @@ BROKEN = {
     "mixed types": (f"{HEADER}{ONE}\nu2,i2,good,1420070400\n".encode(), r"line 3: rating 'good' is no number"),
     "many": (HEADER.encode() + b"u,i,x,1\n" * 12, r"10: .* number; line 11: rating 'x' is no number and 2 more; mend"),
     "after blank lines": (b"\n\nuser,item,rating\nu,i,5\nu,i,x\n", r"line 5: rating 'x' is no number"),
+    "ten": (HEADER.encode() + b"u,i,x,1\n" * 10, r"line 11: rating 'x' is no number; mend"),
     "long rating": (f"{HEADER}{ONE}\nu2,i2,{'x' * 99},1\n".encode(), r"line 3: rating 'x{80}' is no number"),
     "blanks": (b"u1  i1 5\nu2 i2  five\n", r"line 2: rating 'five' is no number"),
     "NaN": (f"{HEADER}{ONE}\nu2,i2,nan,1420070400\n".encode(), r"line 3: rating 'nan' is no number"),
