@@ -548,13 +548,14 @@ def test_the_files_that_go_into_prep_are_named(knobs, names):
         ({"valid_ratio": 0.9, "test_ratio": 0.9}, "valid_ratio 0.9 and test_ratio 0.9 are more than 1 together"),
         ({"published": (1, 2)}, "published 1,2: three positive numbers are wanted"),
         ({"published": (0, 0, 0)}, "published 0,0,0: three positive numbers are wanted"),
+        ({"published": (1, 2, 0)}, "published 1,2,0: three positive numbers are wanted"),
         ({"endpoint": ""}, "endpoint '' is no address of a server; write one like http://127.0.0.1:8000/v1"),
         ({"endpoint": "http://host:port/v1"}, "endpoint 'http://host:port/v1' is no address"),
         ({"endpoint": "http://:8000"}, "endpoint 'http://:8000' is no address"),
     ],
 )
 def test_knobs_that_cannot_be_are_refused_before_anything_runs(knobs, sentence):
-    load_stage("prep").config(valid_ratio=0.5, test_ratio=0.5)  # not more than 1
+    load_stage("prep").config(valid_ratio=0.5, test_ratio=0.5, published=(1, 1, 1))  # at the bounds
     with pytest.raises(UserError, match=sentence):
         load_stage("prep").config(**knobs)
 

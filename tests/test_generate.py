@@ -402,6 +402,16 @@ def test_llm_profiles_are_each_ones_own_or_empty(server, tmp_path):
     assert counts["profiles ok"] == len(items) + 60 - 1 and counts["profiles failed"] == 1
 
 
+def test_llm_profiles_of_users_are_told_their_reviews_which_are_kept_as_well(server, tmp_path, monkeypatch):
+    (tmp_path / "log.csv").write_text("user,item,text\nu,a,so good\nv,a,\n", encoding="utf-8")
+    words = ("--interactions", tmp_path / "log.csv", "--k-core", 1, "--review-chars", 6, "--n-retries", 0)
+    monkeypatch.setattr(Server, "key", prompts.PROFILE_KEY)
+    run_stage("prep", tmp_path, *words, "--profiles", "llm", "--endpoint", server)
+    told = [user["profile"] for user in load_jsonl(tmp_path / "prep" / "users.jsonl")]
+    assert ["so goo" in profile for profile in told] == [True, False] and "so good" not in told[0]
+    assert load_jsonl(tmp_path / "prep" / "reviews.jsonl") == [{"user": 0, "item": 0, "text": "so goo"}]
+
+
 def test_profiles_by_a_local_model_keep_to_the_threads_and_are_written_anew_when_the_model_changes(tmp_path):
     model, tokenizer = llm.tiny_model()
     model.save_pretrained(tmp_path / "model")
