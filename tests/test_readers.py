@@ -161,7 +161,7 @@ def test_movielens_100k_and_1m_folders_with_their_latin_1_titles(tmp_path):
         done = prepare(tmp_path / f"{folder}-run", tmp_path / folder)
         assert (done.items[0]["title"], done.items[0]["text"]) == (title, "" if folder == "100k" else "Drama, Musical")
     with pytest.raises(UserError, match="line 1: byte 0xE9 at place 7 is no UTF-8"):
-        prepare(tmp_path / "run", tmp_path / "1m", encoding="utf-8")
+        prepare(tmp_path / "run", tmp_path / "1m", encoding="UTF-8")
     (tmp_path / "1m" / "movies.dat").write_text(f"7::{title}::Drama\n", encoding="utf-8")
     assert prepare(tmp_path / "run", tmp_path / "1m").items[0]["title"] == title
 
@@ -205,6 +205,8 @@ def test_the_parts_beside_a_sequence_are_sequences(tmp_path):
     done = prepare(tmp_path / "run", tmp_path)
     assert done.pairs("test") == {("1", "4"), ("1", "5"), ("2", "2")} and done.counts["rows"] == 9
     assert done.counts["format"] == "sequence, gzip, separator blanks, utf-8, user item item ..."
+    ordered = prepare(tmp_path / "run", tmp_path, time_unit="order").counts  # places in two files cannot be compared
+    assert "held-out rows older than their user's last training row" not in ordered
 
 
 def test_a_part_without_rows_is_refused_with_its_own_first_line(tmp_path):
@@ -287,9 +289,10 @@ def test_a_file_is_looked_at_in_whole_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "HEAD", len("1 9\n2 9 10\n3 9 10 1"))
     assert (readers.sniff(tmp_path / "log").format, readers.sniff(tmp_path / "log").unit) == ("sequence", None)
     assert readers.sniff(tmp_path / "log", time_unit="order").unit == "order"
-    (tmp_path / "log").write_text("user,item\nu,i\n", encoding="utf-8")
     monkeypatch.setattr(readers, "HEAD", 3)
-    assert readers.sniff(tmp_path / "log").columns == {"user": "user", "item": "item"}
+    for text in ("user,item\nu,i\n", "user,item"):
+        (tmp_path / "log").write_text(text, encoding="utf-8")
+        assert readers.sniff(tmp_path / "log").columns == {"user": "user", "item": "item"}
 
 
 def test_a_log_of_no_known_format_and_without_names_is_user_item_rating_time(tmp_path):
@@ -382,6 +385,7 @@ BROKEN = {
     "JSON list": (b'[{"user": "u"}]', r"is one JSON value"),
     "line breaks in a field": (f'{HEADER}"u\n1",i1,5,1\n\nu2,i2,x,1\n'.encode(), r"log: line 5: rating 'x' is no n"),
     "gzip cut short": (gzip.compress((HEADER + f"{ONE}\n" * 9999).encode())[:-20], r"gzip file is cut short"),
+    "gzip damaged": (gzip.compress(HEADER.encode())[:10] + b"\xff" * 20, r"cut short or damaged \(Error -3"),
 }  # fmt: skip
 
 
