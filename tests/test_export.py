@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import readme_code, run_measured
 
-from hnlm_ref.artifacts import Csr, Run, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
+from hnlm_ref.artifacts import Csr, Run, load_json, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.export import WRITERS, export
 from hnlm_ref.view import View
@@ -109,6 +109,24 @@ def test_a_full_disk_is_one_sentence(run, tmp_path, kind):
 def test_a_folder_may_have_a_name_that_is_no_utf_8(run, tmp_path, kind):
     odd, plain = (export(run, "negatives", kind, tmp_path / os.fsdecode(name))[0] for name in (b"caf\xe9", b"cafe"))
     assert odd.read_bytes() == plain.read_bytes()
+
+
+def test_without_a_folder_the_files_lie_in_the_run_s_own_and_are_written_anew(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    for _ in range(2):
+        (path,) = export(folder, "recommendations", "csv")
+        assert path == folder / "export" / "recommendations" / "recommendations.csv"
+        assert path.read_text(encoding="utf-8").splitlines()[0] == "user,item,rank,score"
+        path.write_text("of before", encoding="utf-8")
+
+
+def test_a_run_without_generated_negatives_is_told_to_name_a_method(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("generate"))
+    manifest = load_json(folder / "eval" / "manifest.json")
+    del manifest["inputs"]["generate"]
+    save_json(folder / "eval" / "manifest.json", manifest)
+    with pytest.raises(UserError, match="run holds no generated negatives; name a --method for those of its sampler"):
+        export(folder, "negatives", "csv", tmp_path / "out")
 
 
 def test_a_sampler_s_negatives_are_its_own_and_never_training_items(run, tmp_path):
