@@ -47,9 +47,7 @@ def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
     Choice: memory is not estimated beforehand; `n_jobs` is the user's, and what is finished is kept.
     """
     with ThreadPoolExecutor(n_jobs) as pool:
-        for done in pool.map(subprocess.run, commands):
-            if done.returncode:
-                pool.shutdown(cancel_futures=True)
+        for done in pool.map(subprocess.run, commands):  # left by an error, it cancels what has not begun
             if done.returncode == -9:  # the system's way to say that memory is full
                 raise UserError(f"a training was killed, perhaps for want of memory; lower --n-jobs, now {n_jobs}")
             if done.returncode:

@@ -1,12 +1,16 @@
 """`hnlm-ref compare`: grids, failures, and its table against the files it was made from."""
 
+import dataclasses
+import os
 import sys
 
 import numpy as np
 import pytest
 
-from hnlm_ref.artifacts import load_json, load_npy
-from hnlm_ref.compare import run_stages, settings
+from hnlm_ref import compare
+from hnlm_ref.artifacts import Run, load_json, load_npy, save_json, save_npy
+from hnlm_ref.cli import load_stage
+from hnlm_ref.compare import SHARED, run_stages, settings
 from hnlm_ref.console import UserError
 
 
@@ -23,6 +27,91 @@ def test_a_training_that_was_killed_names_the_number_of_jobs():
         run_stages([killed], 2)
     with pytest.raises(SystemExit, match="3"):
         run_stages([[sys.executable, "-c", "raise SystemExit(3)"]], 2)
+
+
+def test_after_a_failure_what_runs_ends_and_nothing_else_begins(tmp_path):
+    def python(text):
+        return [sys.executable, "-c", f"import pathlib, time; {text}"]
+
+    touch = [f"pathlib.Path({str(tmp_path / str(n))!r}).touch()" for n in range(6)]
+    run_stages(map(python, touch[:3]), 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+    with pytest.raises(SystemExit):
+        run_stages([python("raise SystemExit(1)"), *(python(f"time.sleep(1); {text}") for text in touch[3:])], 1)
+    assert sorted(path.name for path in tmp_path.iterdir())[3:] in ([], ["3"])
+
+
+NAMES = ("uniform", "dns@pool_size=2", "dns@pool_size=4", "hnlm")
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A run of which everything is there, and the commands that compare asks for, in batches."""
+    monkeypatch.setattr(compare, "run_stages", lambda commands, n_jobs: batches.append((list(commands), n_jobs)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    batches: list = []
+    run = Run(tmp_path, seed=5, n_seeds=2, methods=("uniform", "dns", "hnlm"), n_threads=5)
+    stages = {"prep": {"valid": 9}, "eval": {}}
+    scores = dict(zip(NAMES, (0.1, 0.4, 0.2, 0.3), strict=True))
+    for variant, score in scores.items():
+        for seed in (5, 6):
+            stages[f"train/{variant}/seed{seed}"] = {"valid ndcg@20": score, "best epoch": 10 * seed}
+            save_npy(tmp_path / f"{variant}-seed{seed}.npy", np.full((2, 40), score) + (seed - 5) * np.eye(2, 40))
+    for stage, counts in stages.items():
+        (tmp_path / stage).mkdir(parents=True)
+        timing = {"seconds_per_epoch": 1.5 if stage.endswith("5") else 2.0}
+        manifest = {"counts": counts, "timing": timing, "knobs": {name: stage[-5:] for name in SHARED}}
+        save_json(tmp_path / stage / "manifest.json", manifest)
+    (tmp_path / "eval" / "per_user").mkdir()
+    for path in tmp_path.glob("*.npy"):
+        path.rename(tmp_path / "eval" / "per_user" / path.name)
+    told = {v: {f"seed{s}": {"recall@20": x + s / 100, "ndcg@20": x} for s in (5, 6)} for v, x in scores.items()}
+    metrics = {"k": [20, 10], "columns": ["recall@20", "ndcg@20"], "methods": told}
+    save_json(tmp_path / "eval" / "metrics.json", metrics)
+    return run, batches
+
+
+def python_of(stage, run, *words):
+    return [sys.executable, str(load_stage(stage).source), "--run-dir", str(run.dir), *map(str, words)]
+
+
+def test_compare_trains_every_setting_once_and_the_best_with_all_seeds(finished, capsys):
+    run, batches = finished
+    tables, stages = {"grid": {"dns": {"pool_size": [2, 4]}}}, {name: load_stage(name) for name in ("train", "eval")}
+    text = compare.compare(run, tables, stages, (), 2)
+    assert "budgets differ: uniform 1 settings, dns 2 settings, hnlm 1 settings" in capsys.readouterr().err
+    common = "--device", "auto"
+    tuned, trained = (
+        [python_of("train", run, *common, "--method", v, "--seed", s, "--n-threads", 2) for v in some for s in seeds]
+        for some, seeds in ((NAMES, [5]), ((*NAMES[:2], NAMES[3]), [5, 6]))
+    )
+    words = "--methods", "uniform,dns@pool_size=2,hnlm", "--n-seeds", 2, "--seed", 5
+    assert batches == [(tuned, 2), (trained, 2), ([python_of("eval", run, *common, *words)], 1)]
+    told = load_json(run.dir / "compare.json")
+    assert told["grid"]["dns"] == {"dns@pool_size=2": 0.4, "dns@pool_size=4": 0.2}
+    assert [row["best other"] for row in told["rows"]] == ["dns", "hnlm", "dns"]
+    assert [row["settings tried"] for row in told["rows"]] == [1, 2, 1]
+    assert [row["paired"]["difference"] for row in told["rows"]] == pytest.approx([-0.3, 0.1, -0.1])
+    line = "| dns@pool_size=2 | 0.4550 ± 0.0071 | 0.4000 ± 0.0000 | 1.75 | 55 | 2 | +0.1000 to hnlm, p = "
+    assert line in text and text.count("\n") == 9 and (run.dir / "compare.md").read_text(encoding="utf-8") == text
+    assert text.splitlines()[6:] == [f"{m}: " + ", ".join(f"{k} seed5" for k in SHARED) for m in run.methods]
+
+
+def test_compare_crosses_methods_and_backbones_and_shares_out_the_threads(finished, capsys):
+    run, batches = finished
+    stages = {name: load_stage(name) for name in ("train", "eval")}
+    run = dataclasses.replace(run, methods=("dns",), n_threads=0, preset="toy", device_knob="cpu")
+    with pytest.raises(UserError, match="is not finished"):
+        compare.compare(run, {}, stages, ("lightgcn", "mf"), 4)
+    names = "dns@backbone=lightgcn", "dns@backbone=mf"
+    words = "--preset", "toy", "--device", "cpu"
+    commands = [python_of("train", run, *words, "--method", v, "--seed", 5, "--n-threads", 1) for v in names]
+    assert batches == [(commands, 4)]
+    save_json(run.dir / "prep" / "manifest.json", {"counts": {"valid": 0}})  # nothing is chosen on it
+    alone = dataclasses.replace(run, n_seeds=1, methods=("uniform",))
+    assert "| - |" in compare.compare(alone, {}, stages, (), 9)
+    assert {command[-1] for command in batches[1][0]} == {"1"}  # never none
+    assert capsys.readouterr().err == ""
 
 
 def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # case E16
