@@ -11,6 +11,7 @@ from hnlm_ref.artifacts import STAGES, Run
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import QUIET, UserError
 from hnlm_ref.knobs import RunConfig, cast, check, knob, load_preset, method_knobs, resolve, stage_command
+from hnlm_ref.profiles import AskConfig
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,23 @@ def test_bounds_are_among_the_values_and_none_is_held_against_no_bound():
 
 
 @pytest.mark.parametrize(
-    ("layer", "sentence"),
+    ("config", "name", "value", "sentence"),
     [
-        ({"seed": -1}, "at least 0"),
-        ({"n_seeds": 0}, "at least 1"),
-        ({"n_threads": -1}, "at least 0"),
-        ({"n_threads": 1025}, "at most 1024"),
-        ({"device": "gpu"}, "one of auto, cpu, cuda"),
+        (RunConfig, "seed", -1, "at least 0"),
+        (RunConfig, "n_seeds", 0, "at least 1"),
+        (RunConfig, "n_threads", -1, "at least 0"),
+        (RunConfig, "n_threads", 1025, "at most 1024"),
+        (RunConfig, "device", "gpu", "one of auto, cpu, cuda"),
+        (AskConfig, "concurrency", 0, "at least 1"),
+        (AskConfig, "timeout_s", 0, "at least 0.1"),
+        (AskConfig, "n_retries", -1, "at least 0"),
+        (AskConfig, "max_new_tokens", 0, "at least 1"),
+        (AskConfig, "ask_batch_size", 0, "at least 1"),
     ],
 )
-def test_what_all_stages_share_has_bounds(layer, sentence):
-    with pytest.raises(UserError, match=f"{sentence} is wanted"):
-        resolve(RunConfig, ("preset [run]", layer))
+def test_what_several_stages_share_has_bounds(config, name, value, sentence):
+    with pytest.raises(UserError, match=f"{name} = {value!r}: {sentence} is wanted"):
+        resolve(config, ("preset", {name: value}))
 
 
 def test_an_unknown_preset_names_the_nearest():
