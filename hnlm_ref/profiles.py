@@ -137,7 +137,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
                     return
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def ask(

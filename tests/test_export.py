@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import readme_code, run_measured
 
+from hnlm_ref import export as module
 from hnlm_ref.artifacts import Csr, Run, load_json, load_jsonl, load_npy, save_csr, save_json, save_jsonl, save_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.export import WRITERS, export
@@ -92,6 +94,7 @@ def test_embeddings_load_back_equal_beside_their_keys(run, tmp_path, kind):
         found, table = read(path, kind), load_npy(run / "train" / "hnlm" / "seed0" / f"{side}.npy")
         back = [np.array(v.split() if isinstance(v, str) else v, np.float32) for v in found[vector]]
         np.testing.assert_array_equal(back, table)
+        assert kind != "npz" or np.load(path)[vector].dtype == np.float32
         assert found[key] == [f"00{n}" for n in range(len(table))]
 
 
@@ -109,6 +112,38 @@ def test_a_full_disk_is_one_sentence(run, tmp_path, kind):
 def test_a_folder_may_have_a_name_that_is_no_utf_8(run, tmp_path, kind):
     odd, plain = (export(run, "negatives", kind, tmp_path / os.fsdecode(name))[0] for name in (b"caf\xe9", b"cafe"))
     assert odd.read_bytes() == plain.read_bytes()
+
+
+def test_two_negatives_a_positive_by_hand_and_a_user_with_none_left(tmp_path, monkeypatch):
+    """User 0 took items 0 and 1, user 1 all three: only user 0 has negatives, two for each positive."""
+    monkeypatch.setattr(module, "BLOCK", 3)
+    items = [{"key": key, "title": key * 2} for key in "abc"]
+    train = Csr.from_pairs([0, 0, 1, 1, 1], [0, 1, 0, 1, 2], 2, 3)
+    prep = SimpleNamespace(users=[{"key": "u"}, {"key": "v"}], items=items, train=train)
+    vectors = {
+        "user": [[1, 2], [3, 4]],
+        "item": [[1, 1], [2, 0], [5, 3]],
+        "negatives": [[0, 2], [0, 2], [0, 2], [0, 1]],
+    }
+    for name, table in vectors.items():
+        save_npy(tmp_path / f"{name}.npy", np.array(table))
+    blocks = list(module._negatives(SimpleNamespace(prep=prep, generated={}), tmp_path))
+    rows = [row for block in blocks for row in zip(*(block[n].tolist() for n in block), strict=True)]
+    assert rows == [("u", "a", "c", 11, "sampler", "cc")] * 2 + [
+        ("u", "b", "c", 11, "sampler", "cc"),
+        ("u", "b", "b", 2, "sampler", "bb"),
+    ]
+    assert [len(block["user"]) for block in blocks] == [3, 1]
+    made = {"pairs": np.array([[1, 0], [0, 1]]), "matches": np.array([[2, 1], [-1, 0]]),
+            "match_scores": np.array([[0.5, 0.25], [0, 1]]), "replies": [{"text": "X"}, {"text": "Y"}]}  # fmt: skip
+    view = SimpleNamespace(prep=prep, generated=made, run=SimpleNamespace(has=lambda stage: True))
+    (block,) = module._negatives(view, None)
+    rows = list(zip(*(block[n].tolist() for n in block), strict=True))
+    assert rows[:2] == [("v", "a", "c", 0.5, "llm", "X"), ("v", "a", "b", 0.25, "llm", "X")]
+    assert rows[2:] == [("u", "b", "a", 1, "llm", "Y")]
+    monkeypatch.setattr(module, "BLOCK", 2)
+    told = [(b["item_key"].tolist(), b["item_vector"].tolist()) for b in module._embeddings(view, tmp_path, "item")]
+    assert told == [(["a", "b"], vectors["item"][:2]), (["c"], vectors["item"][2:])]
 
 
 def test_without_a_folder_the_files_lie_in_the_run_s_own_and_are_written_anew(run, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,6 +249,7 @@ class Server(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][0]["content"]
         Server.seen.append((text, body["max_tokens"], self.path))
+        Server.body = body
         steps = Server.plan.get(text, [])
         status = steps[min([t for t, *_ in Server.seen].count(text), len(steps)) - 1] if steps else 200
         body = json.dumps({"choices": [{"message": {"content": said(text, Server.key)}}]})
@@ -277,14 +279,34 @@ def server(monkeypatch):
 
 
 def test_a_server_is_asked_again_after_a_busy_answer_and_given_up_in_the_end(server, tmp_path):
-    Server.plan = {"b": [503, 429, 200], "c": [500]}
-    cfg = profiles.AskConfig(endpoint=server, concurrency=2, n_retries=2, max_new_tokens=9)
+    Server.plan = {"b": [503, 429, 408, 200], "c": [500]}
+    cfg = profiles.AskConfig(endpoint=server, concurrency=2, n_retries=3, max_new_tokens=9)
     about = [{"user": n} for n in range(3)]
     answer = partial(profiles.ask_server, cfg)
     replies = profiles.ask(["a", "b", "c"], about, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY, ["A", "x", "x"])
     assert [(r.status, r.text) for r in replies] == [("is_positive", None), ("ok", "b"), ("failed", None)]
-    assert sorted(text for text, *_ in Server.seen) == ["a", "b", "b", "b", "c", "c", "c"]
+    assert sorted(text for text, *_ in Server.seen) == ["a", *["b"] * 4, *["c"] * 4]
     assert {(limit, path) for _, limit, path in Server.seen} == {(9, "/v1/chat/completions")}
+    assert Server.body.pop("messages")[0]["role"] == "user"
+    assert Server.body == {"model": "default", "max_tokens": 9, "temperature": 0, "seed": 0}
+
+
+def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(server, monkeypatch):
+    waits = []
+
+    class Stop:
+        def wait(self, seconds):
+            waits.append(seconds)
+            return len(waits) == 3  # the job ends
+
+        def set(self):
+            pass
+
+    monkeypatch.setattr(profiles, "threading", SimpleNamespace(Event=Stop))
+    monkeypatch.setattr(profiles, "BACK_OFF", 0.5)
+    Server.plan = {"a": [500]}
+    list(profiles.ask_server(profiles.AskConfig(endpoint=server), [(0, "a")]))
+    assert waits == [0.5, 1, 2] and len(Server.seen) == 3
 
 
 def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path, monkeypatch):
@@ -292,7 +314,7 @@ def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tm
     ask = partial(profiles.ask, ["a"], [{}], tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
     for status in (401, 302, 418):  # 302: the key would go elsewhere; 418: the reason cannot be read
         Server.plan = {"a": [status]}
-        with pytest.raises(UserError, match=f"refused the request: {status}"):
+        with pytest.raises(UserError, match=f"^http.* refused the request: {status}"):
             ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint=server)))
     assert Server.key_sent == "Bearer sk"
     with pytest.raises(UserError, match=r"was answered \(URLError: .*refused.*\); is the server up"):
@@ -300,40 +322,48 @@ def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tm
     assert not (tmp_path / "t.jsonl").exists()
 
 
-def test_a_question_refused_for_its_own_sake_fails_alone_and_is_not_tried_again(server, tmp_path):
-    Server.plan = {"long": [400], "large": [413]}
-    questions, path = ["a", "long", "large", *["long"] * 7, "b"], tmp_path / "t.jsonl"
-    many, few = (partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=n)) for n in (5, 1))
+def test_a_question_refused_for_its_own_sake_fails_alone_and_is_not_tried_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "as_completed", list)  # in their order
+    Server.plan = {"long": [400], "large": [413], "odd": [422]}
+    questions, path = ["a", "long", "large", "odd", *["long"] * 6, "b"], tmp_path / "t.jsonl"
+    answer = partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=1))
     kept = json.dumps({"number": 10, "status": "ok", "text": "kept", "raw": "r"}) + "\n"
-    for answer, before, n_asked, last in ((many, "", 11, "b"), (few, kept, 10, "kept")):
+    for before, n_asked, last in (("", 11, "b"), (kept, 10, "kept")):
         (tmp_path / "t.jsonl.part").write_text(before, encoding="utf-8")
         Server.seen = []
         replies = profiles.ask(questions, [{}] * 11, path, answer, prompts.NEGATIVE_KEY)
         assert [r.text for r in replies] == ["a", *[None] * 9, last] and len(Server.seen) == n_asked
-        assert {r.status for r in replies[1:10]} == {"failed"} and "request: 413 Request Entity" in replies[2].raw
+        assert {r.status for r in replies[1:10]} == {"failed"} and "request: 413 " in replies[2].raw
+        assert '{"choices": ' in replies[2].raw  # what the server says
     kept = kept.replace("10", "0")  # and the server has nothing but refusals for the rest
     (tmp_path / "t.jsonl.part").write_text(kept, encoding="utf-8")
-    replies = profiles.ask(["a", *["long"] * 9], [{}] * 10, path, few, prompts.NEGATIVE_KEY)
+    replies = profiles.ask(["a", *["long"] * 9], [{}] * 10, path, answer, prompts.NEGATIVE_KEY)
     assert [r.text for r in replies] == ["kept", *[None] * 9]
     with pytest.raises(UserError, match=r"no question of 9 was answered \(UserError: http.* refused the request: 400"):
-        profiles.ask(["long"] * 9, [{}] * 9, path, few, prompts.NEGATIVE_KEY)
+        profiles.ask(["long"] * 9, [{}] * 9, path, answer, prompts.NEGATIVE_KEY)
     assert len((tmp_path / "t.jsonl.part").read_text(encoding="utf-8").splitlines()) == 2  # 2 * concurrency
 
 
 def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server, tmp_path):
     bodies = ['{"choices": null}', '{"choices": [{"message": {"content": ["x"]}}]}', "[]"]
+    silent = '{"choices": [{"message": {"content": null}}]}'
     Server.plan = {"a": [*(body.ljust(99) for body in bodies), "[" * 99_999, "cut", 200], "b": ["cut"]}
+    Server.plan |= {"list": [bodies[1].ljust(99)], "silent": [silent.ljust(99)]}
     cfg = profiles.AskConfig(endpoint=server, n_retries=5)
-    ask = partial(profiles.ask, ["a", "b", "\ud83d"], [{}] * 3, tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
-    replies = ask(answer=partial(profiles.ask_server, cfg))
+    questions = ["a", "b", "\ud83d", "list", "silent"]
+    ask = partial(profiles.ask, questions, [{}] * 5, tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
+    *replies, listed, silent = ask(answer=partial(profiles.ask_server, cfg))
     assert [(r.status, r.text) for r in replies] == [("ok", "a"), ("failed", None), ("ok", "\ufffd")]
+    assert (listed.status, listed.raw) == ("failed", "TypeError: the content is a list, not a text")
+    assert (silent.status, silent.raw) == ("bad", "")
     assert sorted(text for text, *_ in Server.seen).count("a") == len(bodies) + 3
 
 
 def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
     Server.plan = {"a": [500]}
     answer = partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=2, n_retries=0))
-    assert len(list(answer([(n, "a") for n in range(99)]))) == 4  # 2 * concurrency
+    assert len(list(answer([(n, "a") for n in range(999)]))) == 4  # 2 * concurrency
+    assert len(Server.seen) < 999
     kept = {"number": 0, "status": "ok", "text": "kept", "raw": "r"}
     (tmp_path / "t.jsonl.part").write_text(json.dumps(kept) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"no question of 98 was answered \(HTTPError: .*500.*\); is the server up\?"):
