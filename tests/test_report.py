@@ -6,6 +6,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import click
 import numpy as np
 import pytest
 
@@ -164,6 +165,47 @@ def test_the_rows_and_sentences_of_a_run_by_hand(tmp_path):
     save_json(tmp_path / "generate" / "quality.json", quality)
     rows = [["one: matched", "0.100", "0.250"], ["one: popular", "1.000", "0.000"]]
     assert report.quality_rows([view]) == [["on validation", "false rate", "recall"], *rows]
+
+
+def test_a_comparison_is_told_with_its_interval_or_that_there_is_none(monkeypatch):
+    told = {"difference": 0.2, "low": -0.1, "high": 0.5, "p": 0.0125}
+    rows = [{"method": "b", "against": "a", **told}, {"method": "c", "against": "a", "not compared": "other users"}]
+    monkeypatch.setattr(report, "compare", lambda views, metric: rows if metric == "ndcg@20" else [])
+    assert report.comparison_rows([told_of()]) == [
+        ["ndcg@20, paired over users", "difference", "95 % interval", "p"],
+        ["b against a", "+0.2000", "-0.1000 to +0.5000", "0.0125"],
+        ["c against a", "not comparable: other users or another split", "", ""],
+    ]
+
+
+def test_a_user_is_told_line_by_line():
+    reply = {"status": "ok", "text": "T", "raw": "R"}
+    pairs = [
+        {"positive": 1, "matches": [(2, 0.5), (4, -0.25)], "places": {"dns": [7, 1, 1200]}, "reply": reply},
+        {"positive": 0, "matches": [], "places": {"dns": [3]}, "reply": None},
+    ]
+    user = {"key": "u7", "history": [1, 0], "n_history": 30, "held_out": [2, 3], "pairs": pairs}
+    lines = list(report._lines({**user, "lists": {"dns": [2, 4]}}, dict(enumerate("ABCDE"))))
+    assert [click.unstyle(line) for line in lines] == [
+        "user u7: 30 training items, the newest first", "  B", "  A",
+        "\ntook B  place 7 (dns)", "  status: ok", "  text: T", "  raw: R",
+        "  generated negative, nearest items by similarity:",
+        "  +0.500  C  held out: a false negative  place 1 (dns)", "  -0.250  E  place 1,200 (dns)",
+        "\ntook A  place 3 (dns)", "  no matched item",
+        "\ndns recommends: 1 of 2 held-out items found", "  ✓ C", "    E",
+    ]  # fmt: skip
+
+
+def test_a_run_is_told_as_json_or_as_its_line_and_tables(toy_run):
+    told, view = json.loads(report.show(toy_run, None, True)), View(toy_run)
+    manifest = load_json(toy_run / "train" / "dns" / "seed0" / "manifest.json")
+    assert told["metrics"] == load_json(toy_run / "eval" / "metrics.json")
+    assert told["timing"]["dns"] == [manifest["timing"]] and set(told["timing"]) == set(view.methods)
+    assert told["counts"]["prep"]["train"] == view.prep.train.nnz
+    first, *tables, last = report.show(toy_run, None, False).split("\n\n")
+    assert first == report.head(view) and last == report.generated_line(view)
+    beginnings = ["method", "ndcg@20, paired over users", "lists of", "negatives of"]
+    assert [text.split("  ")[0] for text in tables] == beginnings
 
 
 def test_the_explorer_holds_users_evenly_from_the_least_to_the_most_active(toy_run):
