@@ -80,6 +80,19 @@ def test_show_gives_one_user_s_history_negatives_and_recommendations(toy_run, cl
         assert item in known or free.index(item) + 1 == place
 
 
+def test_an_evaluation_in_progress_is_read_from_where_it_is_written(toy_run, tmp_path):
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    assert list(View(run).stages) == ["prep", "sft", "generate", "eval"]
+    shutil.copytree(run / "eval", run / ".eval.partial")
+    save_json(run / "eval" / "metrics.json", {})  # of an older evaluation, and of an older preparation
+    save_json(run / "eval" / "manifest.json", {**load_json(run / "eval" / "manifest.json"), "inputs": {"prep": "old"}})
+    test = Run(run).test()
+    (run / "prep" / "test.indices.npy").unlink()  # opened once
+    view = View(run, run / ".eval.partial", test)
+    assert list(view.stages) == ["prep", "sft", "generate"] and list(view.methods) == ["uniform", "dns", "hnlm"]
+    assert view.stories([5])["users"][0]["held_out"] == test.row(5).tolist()
+
+
 def test_curves_run_over_epochs_or_the_seconds_until_their_end(toy_run):
     view, folder = View(toy_run), toy_run / "train" / "dns" / "seed0"
     log, seconds = load_jsonl(folder / "log.jsonl"), load_json(folder / "manifest.json")["timing"]["epoch_seconds"]
@@ -165,6 +178,31 @@ def test_the_rows_and_sentences_of_a_run_by_hand(tmp_path):
     save_json(tmp_path / "generate" / "quality.json", quality)
     rows = [["one: matched", "0.100", "0.250"], ["one: popular", "1.000", "0.000"]]
     assert report.quality_rows([view]) == [["on validation", "false rate", "recall"], *rows]
+
+
+def test_pictures_are_of_what_there_are_numbers_for(monkeypatch):
+    drawn = {}
+    for kind in ("intervals", "curves"):
+        monkeypatch.setattr(pictures, kind, lambda name, *told: drawn.update({name: told}))
+    view = told_of(negatives={"dns": {"false": [0.02, 0.01, 0.03], "chance": 0.005}})
+    view.mean = lambda method, key: [0.1, 0.2, 0.3]
+    view.curves = lambda method, key, by_second: [([1], [0.5])] if key == "valid_ndcg@20" and method == "dns" else []
+    report.draw([view])
+    assert list(drawn) == ["quality", "val0", "val1", "by_popularity", "by_activity", "lists", "false"]
+    (dns, *ends, _), hnlm = drawn["quality"][0]
+    assert (dns, hnlm[0]) == ("one: dns", "one: hnlm") and ends == pytest.approx(
+        [0.2, 0.2 - 0.02**0.5, 0.2 + 0.02**0.5]
+    )
+    assert drawn["val1"] == ({"one: dns": [([1], [0.5])]}, "seconds of training", "validation ndcg@20")
+    groups = {f"one: {method}": [(range(1, 4), [0.1, 0.2, 0.3])] for method in ("dns", "hnlm")}
+    assert drawn["by_activity"] == (groups, "users, least to most active", "ndcg@20", ["1", "2", "3"])
+    assert drawn["lists"] == (groups, "lists of 20", "share", ("coverage", "Gini", "head share"))
+    assert drawn["false"][0] == [("one: dns", 2, 1, 3, 0.5)]
+    drawn.clear()
+    alone = told_of(1, negatives={})
+    alone.mean, alone.curves = view.mean, view.curves
+    report.draw([alone])
+    assert "false" not in drawn and drawn["quality"][0][0] == ("one: dns", 0.1, 0.1, 0.1, None)
 
 
 def test_a_comparison_is_told_with_its_interval_or_that_there_is_none(monkeypatch):
@@ -277,6 +315,9 @@ def test_runs_of_other_users_stand_side_by_side_without_a_paired_test(toy_run, t
     save_jsonl(other / "prep" / "users.jsonl", users)
     assert "p" in compare(open_runs([toy_run, other]), "ndcg@20")[-1]  # the same users, the same test items
     manifest = load_json(other / "prep" / "manifest.json")
+    manifest["files"]["items.jsonl"] = "with other profiles"
+    save_json(other / "prep" / "manifest.json", manifest)
+    assert all("p" in row for row in compare(open_runs([toy_run, other]), "ndcg@20"))
     manifest["files"]["test.indices.npy"] = "of another seed"
     save_json(other / "prep" / "manifest.json", manifest)
     told = compare(open_runs([toy_run, other]), "ndcg@20")
