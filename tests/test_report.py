@@ -205,6 +205,13 @@ def test_pictures_are_of_what_there_are_numbers_for(monkeypatch):
     assert "false" not in drawn and drawn["quality"][0][0] == ("one: dns", 0.1, 0.1, 0.1, None)
 
 
+def test_a_table_of_the_page_has_a_head_and_no_markup_of_its_cells():
+    head, rows = "<thead><tr><th>a</th><th>b</th></tr></thead>", "<tr><td>&lt;i&gt;</td><td>1</td></tr>"
+    found = report._table([["a", "b"], ["<i>", "1"]])
+    assert found == f"<div class=scroll tabindex=0><table>{head}<tbody>{rows}</tbody></table></div>"
+    assert report._table([]) == ""
+
+
 def test_a_comparison_is_told_with_its_interval_or_that_there_is_none(monkeypatch):
     told = {"difference": 0.2, "low": -0.1, "high": 0.5, "p": 0.0125}
     rows = [{"method": "b", "against": "a", **told}, {"method": "c", "against": "a", "not compared": "other users"}]
