@@ -265,6 +265,40 @@ def test_the_explorer_holds_users_evenly_from_the_least_to_the_most_active(toy_r
     assert len(report._explorer(view, 500)["users"]) == len(tested)
 
 
+def test_the_explorer_opens_at_a_user_with_a_match_and_holds_those_with_pairs_if_there_are_any(toy_run):
+    view = View(toy_run)
+    degrees, made = view.prep.train.degrees(), view.generated
+    tested = [u for u in range(60) if len(view.run.test().row(u))]
+    order = sorted(tested, key=lambda u: degrees[u])
+    few = [order[0], order[3], order[9]]
+    kept = np.isin(made["pairs"][:, 0], few)
+    matches = np.where(made["pairs"][:, :1] == order[9], made["matches"], -1)
+    view.generated = {**made, "matches": matches, "pairs": np.where(kept[:, None], made["pairs"], -1)}
+    told = report._explorer(view, 200)
+    assert [user["key"] for user in told["users"]] == [view.prep.users[u]["key"] for u in few] and told["first"] == 2
+    view.generated = {**made, "pairs": np.full_like(made["pairs"], -1)}
+    del view.methods["hnlm"]
+    told = report._explorer(view, 200)
+    assert len(told["users"]) == len(tested) and (told["first"], told["story"]) == (0, None)
+
+
+def test_every_stage_is_folded_away_with_its_knobs_and_without_markup(toy_run):
+    view = View(toy_run)
+    view.name = "<run>"
+    text = report._made(view)
+    assert re.findall(r"<h3>(.*?)</h3>", text) == [
+        "prep",
+        "sft",
+        "generate",
+        "eval",
+        *(f"train {m}" for m in view.methods),
+    ]
+    told = json.loads(html.unescape(re.findall(r"<pre>(.*?)</pre>", text)[5]))
+    manifest = load_json(toy_run / "train" / "dns" / "seed0" / "manifest.json")
+    assert told == {key: manifest[key] for key in ("seed", "knobs", "counts", "timing", "fingerprint", "versions")}
+    assert "<summary>&lt;run&gt;: knobs" in text
+
+
 def test_show_in_the_terminal_is_plain_where_there_is_no_terminal(marked_run, cli):
     """Case G07: history, positive, raw text, parsed title, matched items, similarity; the summary has quartiles."""
     prep = Run(marked_run).prep()
