@@ -58,6 +58,15 @@ def test_cosine_decides_and_ties_go_to_the_smaller_item():
     assert cosines.max() <= 1 and np.all(cosines[found == -1] == -np.inf)
 
 
+def test_a_cosine_that_rounding_puts_below_minus_one_is_a_match_of_minus_one():
+    """Of 300 vectors against their opposites 70 products of the rounded directions lie below -1."""
+    vectors = np.random.default_rng(0).standard_normal((300, 7)).astype(np.float32)
+    none = np.zeros(301, np.int64), np.zeros(0, np.int32)
+    found, cosines = _core.match_items(-vectors, vectors, np.arange(300, dtype=np.int32), *none, 300)
+    assert np.sort(found).tolist() == [list(range(300))] * 300
+    assert found[:, -1].tolist() == list(range(300)) and cosines.min() == -1
+
+
 def test_nan_is_refused_with_its_row():
     """Case D09, query 3."""
     queries = np.array([[1, 2], [np.nan, 1]], np.float32)
