@@ -270,7 +270,7 @@ def test_a_saved_model_gives_its_vectors_again_in_a_new_process_and_in_plain_pef
         [sys.executable, "-c", script, tmp_path, Path(__file__).parent], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(np.load(tmp_path / "again.npy"), torch.cat([tuned, z], 1), atol=1e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "again.npy"), torch.cat([tuned, z], 1), atol=1e-5)
     # and PEFT alone reads the adapter
     base, tokenizer = llm.load_llm("tiny", "cpu")
     ids = [0, *llm.encode(tokenizer, ["some text"])[0], 1]
