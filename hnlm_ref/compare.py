@@ -93,6 +93,7 @@ def compare(
         raise UserError(f"{run.dir / 'prep'} has no validation part to choose settings on; run prep with a valid_ratio")
     if len({len(variants) for variants in tried.values()}) > 1:
         say("the tuning budgets differ: " + ", ".join(f"{m} {len(vs)} settings" for m, vs in tried.items()))
+    run.check_test()
     run_stages((train(variant, run.seed) for variant in every), n_jobs)
 
     def manifest(variant: str, seed: int) -> dict:

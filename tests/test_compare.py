@@ -51,7 +51,7 @@ def finished(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     batches: list = []
     run = Run(tmp_path, seed=5, n_seeds=2, methods=("uniform", "dns", "hnlm"), n_threads=5)
-    stages = {"prep": {"valid": 9}, "eval": {}}
+    stages = {"prep": {"valid": 9, "test": 9}, "eval": {}}
     scores = dict(zip(NAMES, (0.1, 0.4, 0.2, 0.3), strict=True))
     for variant, score in scores.items():
         for seed in (5, 6):
@@ -107,10 +107,14 @@ def test_compare_crosses_methods_and_backbones_and_shares_out_the_threads(finish
     words = "--preset", "toy", "--device", "cpu"
     commands = [python_of("train", run, *words, "--method", v, "--seed", 5, "--n-threads", 1) for v in names]
     assert batches == [(commands, 4)]
-    save_json(run.dir / "prep" / "manifest.json", {"counts": {"valid": 0}})  # nothing is chosen on it
+    save_json(run.dir / "prep" / "manifest.json", {"counts": {"valid": 0, "test": 9}})  # nothing is chosen on it
     alone = dataclasses.replace(run, n_seeds=1, methods=("uniform",))
     assert "| - |" in compare.compare(alone, {}, stages, (), 9)
     assert {command[-1] for command in batches[1][0]} == {"1"}  # never none
+    save_json(run.dir / "prep" / "manifest.json", {"counts": {"valid": 0, "test": 0}})
+    with pytest.raises(UserError, match="holds no test items to evaluate"):
+        compare.compare(alone, {}, stages, (), 9)
+    assert len(batches) == 4  # nothing was trained for it
     assert capsys.readouterr().err == ""
 
 
