@@ -9,7 +9,6 @@ import os
 
 import numpy as np
 import pytest
-import torch
 
 from hnlm_ref import llm
 from hnlm_ref.artifacts import Run
@@ -28,7 +27,7 @@ def cut(some: list, n: int) -> list[list]:
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     try:
-        base, tokenizer = llm.load_llm(SMOLLM2, "cpu")
+        base, tokenizer = llm.load_llm(SMOLLM2, "cpu", "float32")
         load_stage("prep").main(["--preset", "ml-100k", "--run-dir", str(folder)], standalone_mode=False)
         limits = 64, 24
     except UserError:
@@ -49,11 +48,10 @@ def vectors(base, rows: list, size: int) -> np.ndarray:
     """In the order of `rows`, rows of like length sharing a batch as in stage 3."""
     order = sorted(range(len(rows)), key=lambda r: -sum(map(len, [rows[r][0], *rows[r][1]])))
     found: dict[int, np.ndarray] = {}
-    with torch.inference_mode():
-        for some in cut(order, size):
-            ends = np.cumsum([len(rows[r][1]) for r in some])[:-1]
-            h = llm.embed(base, llm.pack([rows[r] for r in some])).numpy()
-            found |= dict(zip(some, np.split(h, ends), strict=True))
+    read = llm.in_parallel(lambda some: llm.embed(base, llm.pack([rows[r] for r in some])), cut(order, size), "cpu")
+    for some, h in zip(cut(order, size), read, strict=True):
+        ends = np.cumsum([len(rows[r][1]) for r in some])[:-1]
+        found |= dict(zip(some, np.split(h.numpy(), ends), strict=True))
     return np.concatenate([found[r] for r in range(len(rows))])
 
 

@@ -15,7 +15,8 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,48 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
+# ---- threads ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For sums that depend on how many threads share them: LAPACK's, and those of bfloat16 on a CPU.
+
+    Products in float32 do not, see `hnlm_ref/__init__.py`.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_parallel(function: Callable, batches: Iterable, device: str) -> Iterator:
+    """`function` of each batch, without gradients, in their order; nothing random may happen in it.
+
+    On a CPU every batch is one thread's, so a result is the same for any number of threads, also in bfloat16, and
+    two threads with a batch each are faster than two that share one.
+    """
+
+    def call(batch: Any) -> Any:
+        with torch.no_grad():  # not inference mode: the tensors FSDP makes in it could not be tuned with later
+            return function(batch)
+
+    if device != "cpu" or sharded():  # processes that share weights have to ask for them in one order
+        yield from map(call, batches)
+        return
+    n_threads = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(call, batches)
+
+
+def fixed_sums(llm: Any) -> contextlib.AbstractContextManager:
+    """For what is not `in_parallel`: one thread where the model's sums depend on how many there are."""
+    weight = llm.get_input_embeddings().weight
+    return one_thread() if (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu") else contextlib.nullcontext()
+
+
 # ---- loading ----------------------------------------------------------------------------------------------------
 
 
@@ -66,14 +109,15 @@ def tiny_model(family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
-    """ "auto": bfloat16 where the GPU computes in it, else float32; never float16, whose range overflows (case D12).
+    """ "auto": bfloat16 where the GPU or the CPU multiplies in it, else float32; never float16: it overflows (D12).
 
-    Choice: float32 on a CPU, also where it has bfloat16. With AMX that reads prompts 2.9 times as fast and tunes as
-    well (SmolLM2), but its sums depend on the number of threads.
+    Of CPUs those with AMX do: SmolLM2 reads prompts there twice as fast as in float32, and tunes as well. AVX-512's
+    instructions alone are slower than float32.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    has_it = torch.cuda.is_bf16_supported if device == "cuda" else lambda: torch.cpu.get_capabilities().get("amx_bf16")
+    return torch.bfloat16 if has_it() else torch.float32
 
 
 def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa", load_in_4bit: bool = False) -> Any:
@@ -90,7 +134,8 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         raise UserError(f"--load-in-4bit needs {wanted}; the model is {name}, on {device}; tune without it")
     if name == TINY:
         model, tokenizer = tiny_model()
-        return _placed(model.to(choose_dtype(dtype, device)), device), tokenizer
+        # In float32 the toy's numbers are those of any machine.
+        return _placed(model if dtype == "auto" else model.to(choose_dtype(dtype, device)), device), tokenizer
     path = resolve_path(name)
     where, extra = str(path), {}
     if path.suffix == ".gguf":
@@ -362,17 +407,6 @@ def embed(llm: Any, batch: Batch, soft: Tensor | None = None, pooling: str = "la
     return total / torch.bincount(pair).unsqueeze(1)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """For LAPACK, whose sums depend on how many threads share them, unlike the products of `hnlm_ref/__init__.py`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Head(nn.Module):
     """From h to the space of the targets: each coordinate of h standardised, then a linear map.
 
@@ -472,6 +506,8 @@ def load_negative_model(llm: Any, folder: Path, cf_user: np.ndarray, cf_item: np
     d_out = load_npy(folder / "targets.npy", mmap=True).shape[1]
     model = NegativeModel(load_lora(llm, folder / "adapter"), cf_user, cf_item, d_out)
     model.load_projections(folder)
+    if llm.dtype == torch.float32 and not sharded() and not getattr(llm, "is_loaded_in_4bit", False):
+        model.llm.merge_adapter()  # W + BA once and not in every batch; bfloat16 would round the small BA away
     return model.eval()
 
 
@@ -487,7 +523,6 @@ def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
 # ---- texts ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()  # not inference mode: the tensors FSDP makes in it could not be tuned with later
 def text_vectors(
     llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_tokens: int = 64
 ) -> np.ndarray:
@@ -497,11 +532,10 @@ def text_vectors(
     """
     bos, eos = special_ids(tokenizer)
     parts = [ids[:max_tokens] + eos for ids in encode(tokenizer, texts)]
-    device = llm.get_input_embeddings().weight.device
-    vectors = []
-    for start in progress(range(0, len(parts), batch_size), desc="texts"):
-        vectors.append(embed(llm, pack([(bos, parts[start : start + batch_size])], device), pooling="mean").cpu())
-    found = torch.cat(vectors).numpy()  # [n, d_llm]
+    device = llm.get_input_embeddings().weight.device.type
+    batches = [parts[start : start + batch_size] for start in range(0, len(parts), batch_size)]
+    vectors = in_parallel(lambda some: embed(llm, pack([(bos, some)], device), pooling="mean").cpu(), batches, device)
+    found = torch.cat(list(progress(vectors, total=len(batches), desc="texts"))).numpy()  # [n, d_llm]
     return found - found.mean(axis=0)
 
 

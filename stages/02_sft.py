@@ -24,7 +24,7 @@ class SftConfig:
     # model
     model: str = knob("tiny", "tiny, a folder, a hub id, a .gguf file, or package:NAME/path")
     dtype: str = knob(
-        "auto", "of the frozen weights; auto: bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16")
+        "auto", "of the frozen weights; auto: bfloat16 on a GPU or a CPU with AMX", ("auto", "float32", "bfloat16")
     )
     attention: str = knob("sdpa", "attention implementation of transformers", ("sdpa", "eager"))
     load_in_4bit: bool = knob(False, "frozen weights in 4 bits; needs CUDA and bitsandbytes")
@@ -190,13 +190,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
     def chunks(users: list[int]) -> list[list[int]]:
         return [users[start : start + cfg.batch_size] for start in range(0, len(users), cfg.batch_size)]
 
-    @torch.no_grad()
     def look() -> dict:
         """Losses and accuracy on the held-out triplets, and where j ranks in the catalogue by cos(h, .)."""
         model.eval()
         n, totals = 0, Counter()
-        for some in chunks(held_out):
-            _, o, u, i, j = read(some)
+        for _, o, u, i, j in llm.in_parallel(read, chunks(held_out), device):
             cosine = torch.nn.functional.normalize(o, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T  # [B, I]
             to_p, to_n = cosine.gather(1, j), cosine.gather(1, i[:, None])
             figures = all_losses(o, u, i, j)
@@ -222,9 +220,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state["log"].append({"step": 0, "head": "random", **look()})
         # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
         # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
-        with torch.no_grad():
-            model.eval()
-            h, _, _, i, j = (torch.cat(x) for x in zip(*map(read, chunks(users[: cfg.probe_users])), strict=True))
+        model.eval()
+        probed = llm.in_parallel(read, chunks(users[: cfg.probe_users]), device)
+        h, _, _, i, j = (torch.cat(x) for x in zip(*probed, strict=True))
         unit = torch.nn.functional.normalize(targets, dim=1)
         wanted = torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i]  # [B, d_out]
         if (wanted == wanted[0]).all():
@@ -242,8 +240,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
         micro_batches = chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]
         for number, some, counts in own_share(micro_batches, team):
             torch.manual_seed(hash((run.seed, state["step"], number)) % 2**31)  # dropout
-            figures = all_losses(*read(some)[1:])
-            (counts * figures["objective"] / cfg.grad_accum).backward()
+            with llm.fixed_sums(base):
+                figures = all_losses(*read(some)[1:])
+                (counts * figures["objective"] / cfg.grad_accum).backward()
             state["sum"], state["n"] = state["sum"] + counts * figures["loss"].item(), state["n"] + counts
         moved = [p for p in trainable.values() if p.grad is not None]
         for p, total in zip(moved, accelerate.utils.reduce([p.grad for p in moved], "sum"), strict=True):

@@ -57,6 +57,8 @@ def in_shards(
     comes out the same (case D17). Rows of like length share a batch; processes share the batches of a file."""
     import accelerate
 
+    from hnlm_ref.llm import in_parallel
+
     sizes = [len(prefix) + sum(map(len, parts)) for prefix, parts in rows]
     bar, started = progress(total=sum(sizes), desc="generating", unit="token"), time.time()
     n_tokens, first, paths = 0, 0, []
@@ -68,9 +70,11 @@ def in_shards(
             by_length = sorted(shard, key=lambda r: -sizes[r])
             batches = [by_length[start : start + cfg.batch_size] for start in range(0, len(shard), cfg.batch_size)]
             found: list[tuple[int, np.ndarray]] = []
-            for _, some, _ in own_share(batches, team):
+            own = [some for _, some, _ in own_share(batches, team)]
+            vectors = in_parallel(encode, [[rows[r] for r in some] for some in own], run.device)
+            for some, h in zip(own, vectors, strict=True):
                 ends = np.cumsum([len(rows[r][1]) for r in some])
-                found += zip(some, np.split(encode([rows[r] for r in some]), ends[:-1]), strict=True)
+                found += zip(some, np.split(h, ends[:-1]), strict=True)
                 bar.update(sum(sizes[r] for r in some))
             of_row = dict(accelerate.utils.gather_object(found))
             h = np.concatenate([of_row[r] for r in shard])
@@ -89,7 +93,6 @@ def in_shards(
 
 def main(cfg: GenerateConfig, run: Run) -> dict:
     import accelerate
-    import torch
 
     from hnlm_ref import _core, llm, negatives, profiles, prompts
 
@@ -129,8 +132,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             model = lambda batch: (llm.embed(base, batch, pooling="mean"), None)  # noqa: E731
 
         def encode(some: list) -> np.ndarray:
-            with torch.inference_mode():
-                return model(llm.pack(some, device))[0].half().cpu().numpy()
+            return model(llm.pack(some, device))[0].half().cpu().numpy()
 
         h, timing = in_shards(rows, pairs, cfg, run, team, encode)  # [N, d_llm]
         if not team.is_main_process:

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -358,14 +360,100 @@ def test_the_size_of_the_weights_is_told_from_the_configuration():
     [
         ("auto", "cuda", True, torch.bfloat16),
         ("auto", "cuda", False, torch.float32),
-        ("auto", "cpu", True, torch.float32),
+        ("auto", "cpu", True, torch.bfloat16),
+        ("auto", "cpu", False, torch.float32),
         ("bfloat16", "cpu", False, torch.bfloat16),
+        ("float32", "cpu", True, torch.float32),
         ("float32", "cuda", True, torch.float32),
     ],
 )
-def test_auto_is_bfloat16_only_on_a_gpu_that_computes_in_it(monkeypatch, name, device, able, chosen):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
+def test_auto_is_bfloat16_only_where_the_gpu_or_the_cpu_multiplies_in_it(monkeypatch, name, device, able, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able and device == "cuda")
+    cpu = {"avx512_bf16": True, "amx_bf16": able and device == "cpu"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     assert llm.choose_dtype(name, device) == chosen
+
+
+# ---- threads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_batches_run_side_by_side_on_a_thread_each_and_come_back_in_order(three_threads):
+    all_at_work, seen = threading.Barrier(3), []
+
+    def read(number: int) -> int:
+        all_at_work.wait(timeout=30)  # passes only if three batches are in work at once
+        seen.append((threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()))
+        return number * number
+
+    assert list(llm.in_parallel(read, range(6), "cpu")) == [0, 1, 4, 9, 16, 25]
+    assert {n for _, n, _ in seen} == {1} and not any(grad for *_, grad in seen)
+    assert len({ident for ident, *_ in seen} - {threading.get_ident()}) == 3
+    assert torch.get_num_threads() == 3 and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("why", ["a GPU", "shared weights"])
+def test_batches_follow_one_another_on_a_gpu_and_where_processes_share_the_weights(monkeypatch, why):
+    monkeypatch.setattr(llm, "sharded", lambda: why == "shared weights")
+    seen = [
+        *llm.in_parallel(
+            lambda n: (n, threading.get_ident(), torch.is_grad_enabled()), "ab", "cuda" * (why[0] == "a") or "cpu"
+        )
+    ]
+    assert seen == [(n, threading.get_ident(), False) for n in "ab"]
+
+
+def test_a_batch_that_fails_ends_the_work_and_leaves_the_threads_as_they_were(three_threads):
+    begun = []
+
+    def read(number: int) -> None:
+        begun.append(number)
+        if number == 1:
+            raise MemoryError("number 1")
+        threading.Event().wait(0.05)
+
+    with pytest.raises(MemoryError, match="number 1"):
+        list(llm.in_parallel(read, range(100), "cpu"))
+    assert len(begun) < 20 and torch.get_num_threads() == 3
+
+
+def test_in_bfloat16_vectors_and_gradients_have_the_same_bits_for_any_number_of_threads():
+    """Sizes at which oneDNN shares a product out: with two threads on one batch the bits would differ."""
+    found, before = [], torch.get_num_threads()
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_hidden_layers": 2}
+    rows = [(list(range(2, 50)), [list(range(n, 2 + n, -1)) or [5, 6, 7] * 6 for n in range(16)])] * 3
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        model = llm.add_lora(random_model("llama", **sizes).bfloat16(), 8, 16, 0.0)
+        read = partial(llm.embed, model)
+        h = torch.cat([*llm.in_parallel(read, [llm.pack(rows), llm.pack(rows[:2])], "cpu")])
+        with llm.fixed_sums(model):
+            assert torch.get_num_threads() == 1
+            llm.embed(model, llm.pack(rows)).square().sum().backward()
+        found.append(torch.cat([h.flatten(), *(p.grad.flatten() for p in model.parameters() if p.requires_grad)]))
+    with llm.fixed_sums(random_model("llama")):
+        assert torch.get_num_threads() == 2  # float32
+    torch.set_num_threads(before)
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
+def test_a_loaded_adapter_is_added_to_the_weights_in_float32_alone(tmp_path):
+    tuned = negative_model()
+    tune(tuned, 5)
+    tuned.save(tmp_path)
+    np.save(tmp_path / "targets.npy", np.zeros((1, 3), np.float32))
+    merged = {}
+    for dtype in ("float32", "bfloat16"):
+        model = llm.load_negative_model(llm.load_llm("tiny", "cpu", dtype)[0], tmp_path, *CF)
+        merged[dtype] = {layer.merged for layer in model.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)}
+    assert merged == {"float32": {True}, "bfloat16": {False}}
 
 
 def save_tiny(folder: Path, **changes) -> None:
