@@ -267,8 +267,10 @@ def _record(line: str) -> dict | None:
 def _fields(lines: Iterable[str], sep: str, quote: bool, strict: bool = False) -> Any:
     """Records of a delimited text as lists; runs of blanks count as one (case A02). Raises csv.Error if strict."""
     csv.field_size_limit(1 << 30)  # a text of any length; Python's own limit is 128 KB
+    if sep == " ":  # ASCII alone, as `bytes.split` cuts: a no-break space is a part of an id
+        return (re.findall(r"\S+", line, re.ASCII) for line in lines)
     if not quote:
-        return (line.rstrip().split(None if sep == " " else sep) for line in lines)
+        return (line.rstrip().split(sep) for line in lines)
     return csv.reader(lines, delimiter=sep, strict=strict)
 
 

@@ -414,6 +414,13 @@ def test_bad_rows_are_skipped_counted_and_listed_when_asked_for(tmp_path):
     assert [(row["file"], row["line"]) for row in listed] == [("log.csv", n) for n in (3, 6, 4, 7)]
 
 
+@pytest.mark.parametrize("bad", ["", "u3 i\0 5 1420070400\n"], ids=["as a block", "row by row"])
+def test_a_no_break_space_is_a_part_of_an_id(tmp_path, bad):
+    text = f"user_id item_id rating timestamp\nu1 a\u00a0b 5 1420070400\nu2  i2\t4 1420070400\n{bad}"
+    done = prepare(tmp_path, text, skip_bad_rows=True)
+    assert done.pairs() == {("u1", "a\u00a0b"), ("u2", "i2")} and done.counts["bad rows skipped"] == bool(bad)
+
+
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
