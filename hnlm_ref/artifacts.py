@@ -414,7 +414,8 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             raise
         raise UserError(
             f"[{stage}] out of memory; lower --batch-size (in sft raise --grad-accum as much) or --pool-size, in sft "
-            "set --checkpointing or, on a GPU, --load-in-4bit; what is finished is kept, the next start goes on"
+            "set --checkpointing or, on a GPU, --load-in-4bit; on a CPU lower --n-threads (a batch each); what is done "
+            "is kept, the next start goes on"
         ) from error  # case D21
     finally:
         if lock is not None:

@@ -136,6 +136,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     counted = {
         "users without an item to mine": len(some) - len(mined),
         "model fingerprint": file_fingerprint(resolve_path(cfg.model)),
+        "dtype": str(base.dtype).removeprefix("torch."),
     }
     mined = {u: mined[u] for u in (*held_out, *users)}
     if team.is_main_process:

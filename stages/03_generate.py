@@ -113,7 +113,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     timing: dict[str, float] = {}
 
     # The model is that of tuning, and so are the prompts.
-    base, tokenizer = llm.load_llm(knobs["model"], device, knobs["dtype"], knobs["attention"], knobs["load_in_4bit"])
+    dtype = tuning["counts"]["dtype"]  # what "auto" was there, maybe on another machine
+    base, tokenizer = llm.load_llm(knobs["model"], device, dtype, knobs["attention"], knobs["load_in_4bit"])
     pairs = negatives.choose_pairs(prep.train, cfg.pairs_per_user, run.seed)  # [N, 2]
     if cfg.mode == "embedding":
         # Rows: a user with up to `pairs_per_row` items, so that the user's part is computed once for all of them.

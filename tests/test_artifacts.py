@@ -115,7 +115,7 @@ def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path):
         save_npy(run.out / "shard.npy", np.zeros(1))
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    with pytest.raises(UserError, match=r"--batch-size.*--grad-accum.*--checkpointing"):
+    with pytest.raises(UserError, match=r"--batch-size.*--grad-accum.*--checkpointing.*--n-threads"):
         run_stage("sft", Run(tmp_path), {}, {}, "key", main)
     assert (tmp_path / ".sft.partial" / "shard.npy").exists()
 

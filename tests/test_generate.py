@@ -268,6 +268,19 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
+def test_the_model_has_the_dtype_it_was_tuned_in(made, toy_run, tmp_path):
+    """Tuned where "auto" is bfloat16, used on another machine."""
+    run = with_inputs(toy_run, tmp_path)
+    manifest = load_json(run / "sft" / "manifest.json")
+    assert (manifest["knobs"]["dtype"], manifest["counts"]["dtype"]) == ("auto", "float32")
+    manifest["counts"]["dtype"] = "bfloat16"
+    save_json(run / "sft" / "manifest.json", manifest)
+    generate(run)
+    here, there = (load_npy(folder / "generate" / "embeddings.npy").astype(np.float64) for folder in (run, made))
+    near = (here * there).sum(1) / np.linalg.norm(here, axis=1) / np.linalg.norm(there, axis=1)
+    assert (here != there).mean() > 0.5 and near.min() > 0.99  # float32 rounded once would be off in the last bit alone
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(profiles, "BACK_OFF", 0)
