@@ -48,8 +48,9 @@ def vectors(base, rows: list, size: int) -> np.ndarray:
     """In the order of `rows`, rows of like length sharing a batch as in stage 3."""
     order = sorted(range(len(rows)), key=lambda r: -sum(map(len, [rows[r][0], *rows[r][1]])))
     found: dict[int, np.ndarray] = {}
-    read = llm.in_parallel(lambda some: llm.embed(base, llm.pack([rows[r] for r in some])), cut(order, size), "cpu")
-    for some, h in zip(cut(order, size), read, strict=True):
+    batches = cut(order, size)
+    read = llm.in_parallel(lambda some: llm.embed(base, llm.pack([rows[r] for r in some])), batches, "cpu")
+    for some, h in zip(batches, read, strict=True):
         ends = np.cumsum([len(rows[r][1]) for r in some])[:-1]
         found |= dict(zip(some, np.split(h.numpy(), ends), strict=True))
     return np.concatenate([found[r] for r in range(len(rows))])

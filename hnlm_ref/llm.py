@@ -48,6 +48,11 @@ transformers.utils.logging.disable_progress_bar()
 # ---- threads ----------------------------------------------------------------------------------------------------
 
 
+def set_threads(n_threads: int) -> None:
+    if n_threads:
+        torch.set_num_threads(n_threads)
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """For sums that depend on how many threads share them: LAPACK's, and those of bfloat16 on a CPU.
@@ -116,8 +121,8 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    has_it = torch.cuda.is_bf16_supported if device == "cuda" else lambda: torch.cpu.get_capabilities().get("amx_bf16")
-    return torch.bfloat16 if has_it() else torch.float32
+    has_it = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if has_it else torch.float32
 
 
 def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa", load_in_4bit: bool = False) -> Any:
@@ -532,9 +537,13 @@ def text_vectors(
     """
     bos, eos = special_ids(tokenizer)
     parts = [ids[:max_tokens] + eos for ids in encode(tokenizer, texts)]
-    device = llm.get_input_embeddings().weight.device.type
+    device = llm.get_input_embeddings().weight.device
     batches = [parts[start : start + batch_size] for start in range(0, len(parts), batch_size)]
-    vectors = in_parallel(lambda some: embed(llm, pack([(bos, some)], device), pooling="mean").cpu(), batches, device)
+
+    def read(some: list[list[int]]) -> Tensor:
+        return embed(llm, pack([(bos, some)], device), pooling="mean").cpu()
+
+    vectors = in_parallel(read, batches, device.type)
     found = torch.cat(list(progress(vectors, total=len(batches), desc="texts"))).numpy()  # [n, d_llm]
     return found - found.mean(axis=0)
 
@@ -560,11 +569,6 @@ def whiten(vectors: np.ndarray, n_directions: int = 512) -> np.ndarray:
 
 
 # ---- tuning -----------------------------------------------------------------------------------------------------
-
-
-def set_threads(n_threads: int) -> None:
-    if n_threads:
-        torch.set_num_threads(n_threads)
 
 
 def recompute_activations(model: NegativeModel) -> None:

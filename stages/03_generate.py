@@ -71,7 +71,7 @@ def in_shards(
             batches = [by_length[start : start + cfg.batch_size] for start in range(0, len(shard), cfg.batch_size)]
             found: list[tuple[int, np.ndarray]] = []
             own = [some for _, some, _ in own_share(batches, team)]
-            vectors = in_parallel(encode, [[rows[r] for r in some] for some in own], run.device)
+            vectors = in_parallel(lambda some: encode([rows[r] for r in some]), own, run.device)
             for some, h in zip(own, vectors, strict=True):
                 ends = np.cumsum([len(rows[r][1]) for r in some])
                 found += zip(some, np.split(h, ends[:-1]), strict=True)
