@@ -14,6 +14,7 @@ prefix + continuation alone would give, while the prefix is computed (and in tun
 import contextlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,10 +87,10 @@ def in_parallel(function: Callable, batches: Iterable, device: str) -> Iterator:
         yield from pool.map(call, batches)
 
 
-def fixed_sums(llm: Any) -> contextlib.AbstractContextManager:
-    """For what is not `in_parallel`: one thread where the model's sums depend on how many there are."""
+def sums_vary(llm: Any) -> bool:
+    """Whether the model's sums depend on how many threads share them: those of bfloat16 on a CPU do."""
     weight = llm.get_input_embeddings().weight
-    return one_thread() if (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu") else contextlib.nullcontext()
+    return (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu")
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if has_it else torch.float32
 
 
-def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa", load_in_4bit: bool = False) -> Any:
+def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "auto", load_in_4bit: bool = False) -> Any:
     """Load a causal language model and its tokenizer, saying first how much memory the weights will take.
 
     name  "tiny", a folder, a hub id, a .gguf file, or package:NAME/path of one of these.
@@ -147,7 +148,9 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         where, extra = str(path.parent), {"gguf_file": path.name}
         if not path.exists():
             raise UserError(f"{name}: there is no such GGUF file")
-    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device), "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device)}
+    if attention == "auto":  # on a CPU the backward pass of torch's fused attention takes longer than all else
+        attention = "eager" if (device, options["dtype"]) == ("cpu", torch.bfloat16) else "sdpa"
     if sharded():
         # "true", accelerate's default, has the first process alone read the file, for a wrapping that is not used here.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -159,10 +162,14 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         config = transformers.AutoConfig.from_pretrained(where, **extra)
+        for name_of, value in vars(text := config.get_text_config()).items():
+            if "drop" in name_of and isinstance(value, float):
+                setattr(text, name_of, 0.0)  # Choice: only LoRA has dropout, see `Dropout`
         say(f"model {name}: {memory_estimate(config, options['dtype'], load_in_4bit)}, {device}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
         with contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file has no switch of its own
             load: Any = transformers.AutoModelForCausalLM.from_pretrained
+            options |= {"attn_implementation": attention, "config": config}
             model, told = load(where, **extra, **options, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -243,6 +250,33 @@ def check_rows(name: str, llm: Any, longest: int) -> None:
         raise UserError(f"--model {name}: {kind} models cannot be used here ({reason}); take a Llama, Qwen, Gemma ...")
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose masks follow from the seed that `gradients` sets and the module's number alone.
+
+    torch's own come from one stream of the process: of threads at work side by side each would get what is left.
+    """
+
+    of_thread = threading.local()
+
+    def __init__(self, p: float, number: int):
+        super().__init__(p)
+        self.number = number
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        stream = torch.Generator(input.device).manual_seed(hash((self.of_thread.seed, self.number)))
+        kept = torch.rand(input.shape, generator=stream, device=input.device).ge_(self.p).div_(1 - self.p)
+        return input * kept.to(input.dtype)
+
+
+def _with_own_dropout(lora: Any) -> Any:
+    layers = [(name, layer) for name, layer in lora.named_modules() if isinstance(layer, nn.Dropout)]
+    for number, (name, layer) in enumerate((n, layer) for n, layer in layers if "lora_dropout" in n):
+        lora.set_submodule(name, Dropout(layer.p, number))
+    return lora
+
+
 def add_lora(llm: Any, rank: int, alpha: int, dropout: float) -> Any:
     """Wrap `llm` in a fresh PEFT LoRA on the linear layers of its attention (q, k, v and o in most); float32."""
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
@@ -252,7 +286,7 @@ def add_lora(llm: Any, rank: int, alpha: int, dropout: float) -> Any:
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names
     )
-    return peft.get_peft_model(llm, config)
+    return _with_own_dropout(peft.get_peft_model(llm, config))
 
 
 def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
@@ -261,7 +295,7 @@ def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
     if not file.exists():
         raise UserError(f"{folder}: no PEFT adapter there (adapter_model.safetensors is missing)")
     try:
-        model = peft.PeftModel.from_pretrained(llm, folder, is_trainable=trainable)
+        model = _with_own_dropout(peft.PeftModel.from_pretrained(llm, folder, is_trainable=trainable))
     except (RuntimeError, ValueError, SafetensorError) as error:  # weights of another shape, a damaged file
         raise UserError(
             f"{folder}: the adapter does not belong to this model: {str(error).splitlines()[-1]}"
@@ -569,6 +603,42 @@ def whiten(vectors: np.ndarray, n_directions: int = 512) -> np.ndarray:
 
 
 # ---- tuning -----------------------------------------------------------------------------------------------------
+
+
+def gradients(
+    model: NegativeModel, read: Callable, users: list[int], loss: Callable, seed: int
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The losses of a micro-batch, and the gradient of its "objective" by every trainable weight.
+
+    read  users -> tensors with a row for each of their pairs, the first of them the vectors; loss takes them all
+    seed  of dropout
+
+    Where sums depend on the number of threads, every two users are one thread's: all vectors are made, the loss is
+    differentiated by them, and each thread goes on backwards from there; gradients are added in the users' order.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
+    apart = sums_vary(model.llm) and not sharded()
+    size = 2 if apart else len(users)
+    pieces = [users[start : start + size] for start in range(0, len(users), size)]
+
+    def each(function: Callable) -> list:
+        def call(number: int) -> Any:
+            Dropout.of_thread.seed = hash((seed, number))  # backwards too: activations may be computed again
+            with torch.enable_grad():
+                return function(number)
+
+        numbers = range(len(pieces))
+        return list(in_parallel(call, numbers, "cpu") if apart else map(call, numbers))
+
+    made = each(lambda number: read(pieces[number]))
+    vectors, *others = (torch.cat(parts) for parts in zip(*made, strict=True))
+    vectors = vectors.detach().requires_grad_()
+    with one_thread():  # a mean over many numbers has other last digits when threads share it
+        figures = loss(vectors, *others)
+        (slope,) = torch.autograd.grad(figures["objective"], vectors)
+    slopes = slope.split([len(part[0]) for part in made])
+    found = each(lambda number: torch.autograd.grad(made[number][0], weights, slopes[number], materialize_grads=True))
+    return figures, [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
 
 
 def recompute_activations(model: NegativeModel) -> None:

@@ -62,7 +62,7 @@ def ask_local(
     llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()
 ) -> Answers:
     """Greedy answers in batches of prompts of like length; batches are those of all questions, whichever are `done`."""
-    from hnlm_ref.llm import chat_ids, fixed_sums, generate_texts
+    from hnlm_ref.llm import chat_ids, generate_texts, one_thread, sums_vary
 
     prompts = sorted(
         ((number, chat_ids(tokenizer, text)) for number, text in questions), key=lambda p: (len(p[1]), p[0])
@@ -76,7 +76,7 @@ def ask_local(
     for start in range(0, len(prompts), cfg.ask_batch_size):
         some = dict(prompts[start : start + cfg.ask_batch_size])
         if left := [number for number in some if number not in done]:
-            with fixed_sums(llm):
+            with one_thread() if sums_vary(llm) else contextlib.nullcontext():
                 texts = generate_texts(llm, tokenizer, list(some.values()), cfg.max_new_tokens)
             said = dict(zip(some, texts, strict=True))
             yield from ((number, said[number]) for number in left)

@@ -26,7 +26,9 @@ class SftConfig:
     dtype: str = knob(
         "auto", "of the frozen weights; auto: bfloat16 on a GPU or a CPU with AMX", ("auto", "float32", "bfloat16")
     )
-    attention: str = knob("sdpa", "attention implementation of transformers", ("sdpa", "eager"))
+    attention: str = knob(
+        "auto", "of transformers; auto: eager in bfloat16 on a CPU, else sdpa", ("auto", "sdpa", "eager")
+    )
     load_in_4bit: bool = knob(False, "frozen weights in 4 bits; needs CUDA and bitsandbytes")
     checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     max_user_tokens: int = knob(64, "tokens of a prompt's user part, instruction included", low=1)
@@ -239,15 +241,15 @@ def main(cfg: SftConfig, run: Run) -> dict:
         epoch, place = divmod(state["step"], n_per_epoch)
         order = np.random.default_rng([run.seed, epoch]).permutation(users).tolist()
         micro_batches = chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]
+        total = [torch.zeros_like(p) for p in trainable.values()]
         for number, some, counts in own_share(micro_batches, team):
-            torch.manual_seed(hash((run.seed, state["step"], number)) % 2**31)  # dropout
-            with llm.fixed_sums(base):
-                figures = all_losses(*read(some)[1:])
-                (counts * figures["objective"] / cfg.grad_accum).backward()
+            seed = hash((run.seed, state["step"], number))
+            figures, gradients = llm.gradients(model, lambda some: read(some)[1:], some, all_losses, seed)
+            for so_far, gradient in zip(total, gradients, strict=True):
+                so_far.add_(gradient, alpha=counts / cfg.grad_accum)
             state["sum"], state["n"] = state["sum"] + counts * figures["loss"].item(), state["n"] + counts
-        moved = [p for p in trainable.values() if p.grad is not None]
-        for p, total in zip(moved, accelerate.utils.reduce([p.grad for p in moved], "sum"), strict=True):
-            p.grad = total
+        for p, gradient in zip(trainable.values(), accelerate.utils.reduce(total, "sum"), strict=True):
+            p.grad = gradient
         rate = min((state["step"] + 1) / (cfg.warmup_steps + 1), 1 - state["step"] / n_steps)
         for group, lr in zip(optimiser.param_groups, (cfg.lr, cfg.lr_new), strict=True):
             group["lr"] = lr * rate

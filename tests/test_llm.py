@@ -199,10 +199,10 @@ def test_a_chat_template_that_fails_is_one_sentence(template):
 CF = np.random.default_rng(5).normal(size=(2, 2, 4)).astype(np.float32)  # of two users, of two items
 
 
-def negative_model(seed: int = 0, n_out: int = 3, rank: int = 4) -> llm.NegativeModel:
+def negative_model(seed: int = 0, n_out: int = 3, rank: int = 4, dropout: float = 0.0) -> llm.NegativeModel:
     base, _ = llm.load_llm("tiny", "cpu")
     torch.manual_seed(seed)
-    return llm.NegativeModel(llm.add_lora(base, rank, 2 * rank, 0.0), *CF, n_out)
+    return llm.NegativeModel(llm.add_lora(base, rank, 2 * rank, dropout), *CF, n_out)
 
 
 def query_batch() -> llm.Batch:
@@ -214,7 +214,8 @@ def query_batch() -> llm.Batch:
 def tune(model: llm.NegativeModel, n_steps: int) -> float:
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
-    for _ in range(n_steps):
+    for step in range(n_steps):
+        llm.Dropout.of_thread.seed = step
         h, z = model(query_batch())
         loss = (z - 1).square().mean() + h.square().mean()
         loss.backward()
@@ -294,19 +295,80 @@ def test_an_adapter_that_is_absent_or_of_another_shape_is_an_error(tmp_path):
         llm.load_lora(llm.load_llm("tiny", "cpu")[0], tmp_path / "adapter")
 
 
-def test_recomputing_activations_changes_no_gradient_and_reaches_every_layer():
+def gradients_of(model: llm.NegativeModel, seed: int = 0) -> tuple[dict, dict[str, torch.Tensor]]:
+    """As a tuning step has them, of three users with three, one and one pair."""
+    _, tokenizer = llm.tiny_model()
+    queries = llm.make_queries(tokenizer, *users_and_items(), 160, 64)
+    rows = [queries.row(0, [0, 1, 1]), queries.row(1, [1]), queries.row(0, [0])]
+    items = [torch.tensor([0, 1, 1]), torch.tensor([1]), torch.tensor([0])]
+
+    def read(users: list[int]) -> tuple:
+        return model(llm.pack([rows[u] for u in users]))[1], torch.cat([items[u] for u in users])
+
+    def loss(z: torch.Tensor, item: torch.Tensor) -> dict:  # every pair's loss depends on every pair's vector
+        return {"objective": ((z @ z.T).softmax(1) * (item + 1)).square().sum(), "n": torch.tensor(len(z))}
+
+    figures, found = llm.gradients(model, read, [0, 1, 2], loss, seed)
+    return figures, dict(zip((n for n, p in model.named_parameters() if p.requires_grad), found, strict=True))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_are_those_of_one_backward_pass_over_all_pairs(monkeypatch, apart):
+    model = negative_model()
+    tune(model, 1)  # lora_B leaves zero, so that lora_A gets a gradient
+    monkeypatch.setattr(llm, "sums_vary", lambda llm: apart)
+    figures, found = gradients_of(model)
+    _, tokenizer = llm.tiny_model()
+    queries = llm.make_queries(tokenizer, *users_and_items(), 160, 64)
+    z = model(llm.pack([queries.row(0, [0, 1, 1]), queries.row(1, [1]), queries.row(0, [0])]))[1]
+    objective = ((z @ z.T).softmax(1) * torch.tensor([1, 2, 2, 2, 1])).square().sum()
+    objective.backward()
+    assert figures["objective"].item() == pytest.approx(objective.item(), rel=1e-5) and figures["n"] == 5
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad.any(), name
+            torch.testing.assert_close(found[name], p.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dropout", "apart"), [(0.0, False), (0.5, False), (0.5, True)])
+def test_recomputing_activations_changes_no_gradient_and_reaches_every_layer(monkeypatch, dropout, apart):
+    monkeypatch.setattr(llm, "sums_vary", lambda llm: apart)
     gradients = []
     for recompute in (False, True):
-        model = negative_model()
+        model = negative_model(dropout=dropout)
         tune(model, 1)  # lora_B leaves zero, so that lora_A gets a gradient
         if recompute:
             llm.recompute_activations(model)
         model.train()
-        sum(x.square().mean() for x in model(query_batch())).backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        gradients.append(gradients_of(model)[1])
     for name, gradient in gradients[0].items():
         assert gradient.norm() > 0, name  # case D10
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_follows_from_seed_and_layer_and_keeps_the_expected_sum():
+    x, (first, second) = torch.ones(100, 100), (llm.Dropout(0.2, number) for number in (0, 1))
+    draws = []
+    for seed, layer in ((1, first), (1, second), (2, first), (1, first)):
+        llm.Dropout.of_thread.seed = seed
+        draws.append(layer(x))
+    assert torch.equal(draws[0], draws[3]) and not any(torch.equal(draws[0], other) for other in draws[1:3])
+    for drawn in draws:
+        assert drawn.unique().tolist() == [0, 1.25]
+        assert drawn.mean().item() == pytest.approx(1, abs=0.025)  # five deviations of 10,000 draws
+    assert torch.equal(first.eval()(x), x)
+
+
+def test_lora_alone_drops_out_and_each_of_its_layers_by_itself(tmp_path):
+    random_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5, vocab_size=258).save_pretrained(tmp_path)
+    llm.tiny_model()[1].save_pretrained(tmp_path)
+    base, _ = llm.load_llm(str(tmp_path), "cpu")
+    batch = llm.pack([([2, 3], [[4, 5], [6]])])
+    assert torch.equal(llm.embed(base.train(), batch), llm.embed(base.eval(), batch))
+    lora = llm.add_lora(base, 2, 4, 0.1)
+    own = [layer for layer in lora.modules() if isinstance(layer, llm.Dropout)]
+    assert [layer.number for layer in own] == [0, 1, 2, 3] and {layer.p for layer in own} == {0.1}
+    assert not any(type(layer) is torch.nn.Dropout and layer.p for layer in lora.modules())
 
 
 def test_ridge_puts_the_head_where_least_squares_does():
@@ -427,15 +489,16 @@ def test_in_bfloat16_vectors_and_gradients_have_the_same_bits_for_any_number_of_
     rows = [(list(range(2, 50)), [[5, 6, 7] * 6] * 16)] * 3
     for n_threads in (1, 2):
         torch.set_num_threads(n_threads)
-        model = llm.add_lora(random_model("llama", **sizes).bfloat16(), 8, 16, 0.0)
-        read = partial(llm.embed, model)
+        lora = llm.add_lora(random_model("llama", **sizes).bfloat16(), 8, 16, 0.1)
+        model = llm.NegativeModel(lora, *CF, 3)
+        read = partial(llm.embed, lora.eval())
         h = torch.cat([*llm.in_parallel(read, [llm.pack(rows), llm.pack(rows[:2])], "cpu")])
-        with llm.fixed_sums(model):
-            assert torch.get_num_threads() == 1
-            llm.embed(model, llm.pack(rows)).square().sum().backward()
-        found.append(torch.cat([h.flatten(), *(p.grad.flatten() for p in model.parameters() if p.requires_grad)]))
-    with llm.fixed_sums(random_model("llama")):
-        assert torch.get_num_threads() == 2  # float32
+        lora.train()
+        _, gradients = llm.gradients(
+            model, lambda users, lora=lora: (llm.embed(lora, llm.pack([rows[u] for u in users])),),
+            [0, 1, 2], lambda h: {"objective": h.square().sum()}, 0,
+        )  # fmt: skip
+        found.append(torch.cat([h.flatten(), *(gradient.flatten() for gradient in gradients)]))
     assert torch.equal(*found) and found[0].isfinite().all()
 
 
