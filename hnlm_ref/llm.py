@@ -126,7 +126,7 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if has_it else torch.float32
 
 
-def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "auto", load_in_4bit: bool = False) -> Any:
+def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa", load_in_4bit: bool = False) -> Any:
     """Load a causal language model and its tokenizer, saying first how much memory the weights will take.
 
     name  "tiny", a folder, a hub id, a .gguf file, or package:NAME/path of one of these.
@@ -148,9 +148,7 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "auto
         where, extra = str(path.parent), {"gguf_file": path.name}
         if not path.exists():
             raise UserError(f"{name}: there is no such GGUF file")
-    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device)}
-    if attention == "auto":  # on a CPU in bfloat16 the fused one is slow backwards, 2.2 s a tuning step for 1.3
-        attention = "eager" if (device, options["dtype"]) == ("cpu", torch.bfloat16) else "sdpa"
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device), "attn_implementation": attention}
     if sharded():
         # "true", accelerate's default, has the first process alone read the file, for a wrapping that is not used here.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -169,7 +167,7 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "auto
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
         with contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file has no switch of its own
             load: Any = transformers.AutoModelForCausalLM.from_pretrained
-            options |= {"attn_implementation": attention, "config": config}
+            options["config"] = config
             model, told = load(where, **extra, **options, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
