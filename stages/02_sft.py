@@ -190,14 +190,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
         objective = loss + cfg.own_weight * own + cfg.catalogue_weight * catalogue
         return {"objective": objective, "loss": loss, "own_loss": own, "catalogue_loss": catalogue}
 
-    def chunks(users: list[int]) -> list[list[int]]:
-        return [users[start : start + cfg.batch_size] for start in range(0, len(users), cfg.batch_size)]
-
     def look() -> dict:
         """Losses and accuracy on the held-out triplets, and where j ranks in the catalogue by cos(h, .)."""
         model.eval()
         n, totals = 0, Counter()
-        for _, o, u, i, j in llm.in_parallel(read, chunks(held_out), device):
+        for _, o, u, i, j in llm.in_parallel(read, llm.cut(held_out, cfg.batch_size), device):
             cosine = torch.nn.functional.normalize(o, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T  # [B, I]
             to_p, to_n = cosine.gather(1, j), cosine.gather(1, i[:, None])
             figures = all_losses(o, u, i, j)
@@ -224,7 +221,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
         # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
         # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
         model.eval()
-        probed = llm.in_parallel(read, chunks(users[: cfg.probe_users]), device)
+        probed = llm.in_parallel(read, llm.cut(users[: cfg.probe_users], cfg.batch_size), device)
         h, _, _, i, j = (torch.cat(x) for x in zip(*probed, strict=True))
         unit = torch.nn.functional.normalize(targets, dim=1)
         wanted = torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i]  # [B, d_out]
@@ -240,7 +237,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     while state["step"] < n_steps and state["bad_looks"] < cfg.patience:
         epoch, place = divmod(state["step"], n_per_epoch)
         order = np.random.default_rng([run.seed, epoch]).permutation(users).tolist()
-        micro_batches = chunks(order)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]
+        micro_batches = llm.cut(order, cfg.batch_size)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]
         total = [torch.zeros_like(p) for p in trainable.values()]
         for number, some, counts in own_share(micro_batches, team):
             seed = hash((run.seed, state["step"], number))

@@ -57,7 +57,7 @@ def in_shards(
     comes out the same (case D17). Rows of like length share a batch; processes share the batches of a file."""
     import accelerate
 
-    from hnlm_ref.llm import in_parallel
+    from hnlm_ref.llm import cut, in_parallel
 
     sizes = [len(prefix) + sum(map(len, parts)) for prefix, parts in rows]
     bar, started = progress(total=sum(sizes), desc="generating", unit="token"), time.time()
@@ -68,9 +68,8 @@ def in_shards(
         n_pairs = sum(len(rows[r][1]) for r in shard)
         if not paths[-1].exists():
             by_length = sorted(shard, key=lambda r: -sizes[r])
-            batches = [by_length[start : start + cfg.batch_size] for start in range(0, len(shard), cfg.batch_size)]
             found: list[tuple[int, np.ndarray]] = []
-            own = [some for _, some, _ in own_share(batches, team)]
+            own = [some for _, some, _ in own_share(cut(by_length, cfg.batch_size), team)]
             vectors = in_parallel(lambda some: encode([rows[r] for r in some]), own, run.device)
             for some, h in zip(own, vectors, strict=True):
                 ends = np.cumsum([len(rows[r][1]) for r in some])
