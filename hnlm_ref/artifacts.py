@@ -5,13 +5,16 @@ A run directory holds one folder per stage. A stage writes into a hidden folder 
 
     manifest.json   stage, key, fingerprint, knobs, seed, inputs, files, counts, timing, versions
 
-`key` names what goes in (knobs, seed, fingerprints of the input stages and files); the same key means the work need
-not be done again. `fingerprint` names what came out (the bytes of every file). A manifest repeats the fingerprints
-of its inputs, so two folders made from different preparations are never mixed (cases A22, E13). Seconds stand in the
-manifest and in report files alone, which the fingerprint leaves out: all other files are equal for equal keys.
+`key` names what goes in (knobs, seed, Python code, fingerprints of the input stages and files); the same key means the
+work need not be done again. `fingerprint` names what came out (the bytes of every file). A manifest repeats the
+fingerprints of its inputs, so two folders made from different preparations are never mixed (cases A22, E13). Seconds
+stand in the manifest and in report files alone, which the fingerprint leaves out: all other files are equal for equal
+keys.
 """
 
+import ast
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -338,10 +341,31 @@ def is_done(folder: Path, key: str) -> bool:
     return path.exists() and load_json(path).get("key") == key
 
 
+@functools.cache
+def _imports(file: Path) -> set[Path]:
+    """The modules of this package that a file imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hnlm_ref":
+            names = (node.module or "").split(".")[1:] or [alias.name for alias in node.names]
+            found |= {Path(__file__).with_name(f"{name}.py") for name in names}
+    return {module for module in found if module.exists()}
+
+
+def sources(file: Path) -> list[Path]:
+    """A stage's file and the modules of this package behind it, also those imported by others; sorted by name."""
+    found, todo = set[Path](), {file}
+    while todo:
+        found |= todo
+        todo = set[Path]().union(*map(_imports, todo)) - found
+    return sorted(found, key=lambda path: path.name)
+
+
 def stage_key(knobs: dict, seed: int, inputs: dict[str, str], files: Iterable[str], source: Path) -> str:
-    """Name of all that goes into a stage, its own source file included: equal keys give equal artifacts."""
+    """Name of all that goes into a stage, its Python code included: equal keys give equal artifacts."""
     external = {name: file_fingerprint(resolve_path(name)) for name in files}
-    return _digest([__version__, file_fingerprint(source), knobs, seed, inputs, external])
+    code = [file_fingerprint(path) for path in sources(source)]
+    return _digest([__version__, code, knobs, seed, inputs, external])
 
 
 def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: str, main: Callable[[Run], dict]) -> None:
@@ -363,7 +387,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
         say(f"[{stage}] done before, nothing changed: {final}")
         return
     if leads and final.exists():
-        say(f"[{stage}] {final} was made with other knobs or inputs; it will be replaced")
+        say(f"[{stage}] {final} was made with other knobs, inputs or code; it will be replaced")
     lock = None
     try:
         if leads:
@@ -374,6 +398,8 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
                 _promote(partial, final)
             return
         if leads and (not key_file.exists() or key_file.read_text(encoding="utf-8") != key):
+            if key_file.exists():
+                say(f"[{stage}] work that was begun with other knobs, inputs or code is dropped")
             for old in partial.iterdir():
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             key_file.write_text(key, encoding="utf-8")

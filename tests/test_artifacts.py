@@ -39,7 +39,7 @@ def test_a_finished_stage_is_skipped_until_its_key_changes(tmp_path, capsys):
     assert calls == ["fresh"]
     assert "replaced" not in capsys.readouterr().err
     stage(run, "prep", 2, calls)
-    assert "prep was made with other knobs or inputs; it will be replaced" in capsys.readouterr().err
+    assert "prep was made with other knobs, inputs or code; it will be replaced" in capsys.readouterr().err
     assert calls == ["fresh", "fresh"] and load_npy(tmp_path / "prep" / "result.npy") == [4]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prep"]
 
@@ -64,12 +64,40 @@ def test_a_link_in_place_of_a_stage_is_replaced_and_what_it_points_at_stays(tmp_
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["prep"]
 
 
-def test_work_in_progress_of_other_knobs_is_not_resumed(tmp_path):
+def test_work_in_progress_of_other_knobs_is_not_resumed(tmp_path, capsys):
     run, calls = Run(tmp_path), []
     with pytest.raises(KeyboardInterrupt):
         stage(run, "prep", 1, calls, crash_after="step")
+    assert "dropped" not in capsys.readouterr().err
     stage(run, "prep", 2, calls)
     assert calls == ["fresh", "fresh"]
+    assert "[prep] work that was begun with other knobs, inputs or code is dropped" in capsys.readouterr().err
+
+
+def test_a_key_covers_the_stage_and_all_of_the_package_behind_it(tmp_path, monkeypatch):
+    package = tmp_path / "hnlm_ref"
+    package.mkdir()
+    monkeypatch.setattr(artifacts, "__file__", str(package / "artifacts.py"))
+    files = {
+        tmp_path / "stage.py": "import numpy\n\n\ndef main():\n    from hnlm_ref import __version__, _core, near\n",
+        package / "near.py": "from hnlm_ref.far import (\n    thing,\n)\n",
+        package / "far.py": "from hnlm_ref.near import ring\nfrom other.apart import it\n",
+        package / "apart.py": "",
+    }
+
+    def key():
+        artifacts._imports.cache_clear()
+        return artifacts.stage_key({}, 0, {}, (), tmp_path / "stage.py")
+
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
+    before = key()
+    assert [path.name for path in artifacts.sources(tmp_path / "stage.py")] == ["far.py", "near.py", "stage.py"]
+    for path, text in files.items():
+        path.write_text(text + "x = 1\n", encoding="utf-8")
+        assert (key() != before) is (path.name != "apart.py")
+        path.write_text(text, encoding="utf-8")
+    assert key() == before
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path):
