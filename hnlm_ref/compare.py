@@ -144,7 +144,7 @@ def compare(
 
 
 def lay_out(rows: list[dict], column: str) -> str:
-    """The rows as a Markdown table, and below it the knobs of each method (case E16)."""
+    """The rows as a Markdown table, and below it the knobs of the methods, told once for all alike (case E16)."""
     recall = column.replace("ndcg", "recall")
     lines = [
         f"| method | {recall} | {column} | s/epoch | best epoch | settings tried | {column} against the best other |",
@@ -157,5 +157,8 @@ def lay_out(rows: list[dict], column: str) -> str:
             against = f"{row['paired']['difference']:+.4f} to {row['best other']}, p = {row['paired']['p']:.4f}"
         cells = [row["chosen"], *both, f"{row['seconds per epoch']:.2f}", f"{row['epochs to best']:.0f}"]
         lines.append(f"| {' | '.join([*cells, str(row['settings tried']), against])} |")
-    lines += ["", *(f"{row['method']}: {', '.join(f'{k} {v}' for k, v in row['knobs'].items())}" for row in rows)]
+    shared: dict[str, list[str]] = {}
+    for row in rows:
+        shared.setdefault(", ".join(f"{k} {v}" for k, v in row["knobs"].items()), []).append(row["method"])
+    lines += ["", *(f"* {', '.join(methods)}: {knobs}" for knobs, methods in shared.items())]
     return "\n".join(lines) + "\n"

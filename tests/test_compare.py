@@ -60,7 +60,11 @@ def finished(tmp_path, monkeypatch):
     for stage, counts in stages.items():
         (tmp_path / stage).mkdir(parents=True)
         timing = {"seconds_per_epoch": 1.5 if stage.endswith("5") else 2.0}
-        manifest = {"counts": counts, "timing": timing, "knobs": {name: stage[-5:] for name in SHARED}}
+        manifest = {
+            "counts": counts,
+            "timing": timing,
+            "knobs": {name: "hnlm" in stage or stage[-5:] for name in SHARED},
+        }
         save_json(tmp_path / stage / "manifest.json", manifest)
     (tmp_path / "eval" / "per_user").mkdir()
     for path in tmp_path.glob("*.npy"):
@@ -93,8 +97,9 @@ def test_compare_trains_every_setting_once_and_the_best_with_all_seeds(finished,
     assert [row["settings tried"] for row in told["rows"]] == [1, 2, 1]
     assert [row["paired"]["difference"] for row in told["rows"]] == pytest.approx([-0.3, 0.1, -0.1])
     line = "| dns@pool_size=2 | 0.4550 ± 0.0071 | 0.4000 ± 0.0000 | 1.75 | 55 | 2 | +0.1000 to hnlm, p = "
-    assert line in text and text.count("\n") == 9 and (run.dir / "compare.md").read_text(encoding="utf-8") == text
-    assert text.splitlines()[6:] == [f"{m}: " + ", ".join(f"{k} seed5" for k in SHARED) for m in run.methods]
+    assert line in text and text.count("\n") == 8 and (run.dir / "compare.md").read_text(encoding="utf-8") == text
+    below = [f"* {m}: {', '.join(f'{k} {v}' for k in SHARED)}" for m, v in (("uniform, dns", "seed5"), ("hnlm", True))]
+    assert text.splitlines()[6:] == below
 
 
 def test_compare_crosses_methods_and_backbones_and_shares_out_the_threads(finished, capsys):
