@@ -208,6 +208,59 @@ def test_the_logged_tuning_lowers_the_loss_and_moves_every_added_weight(undistur
     assert all(tensor.norm() > 0 for tensor in tensors.values())
 
 
+def test_rates_rise_and_fall_gradients_are_clipped_and_the_last_step_is_looked_at(toy_run, tmp_path, monkeypatch):
+    """Four steps with a warm-up of two: rates rise by thirds and fall by quarters, whichever is lower."""
+    seen, made, plain, loss = [], [], torch.optim.AdamW.step, losses.sft_loss
+
+    def step(optimiser):
+        gradient = torch.cat([p.grad.flatten() for group in optimiser.param_groups for p in group["params"]])
+        seen.append((*(group["lr"] for group in optimiser.param_groups), gradient.norm().item()))
+        return plain(optimiser)
+
+    def sft_loss(*args):
+        value = loss(*args)
+        made.extend([value.item()] if value.requires_grad else [])  # not when it looks at the held-out ones
+        return value
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(losses, "sft_loss", sft_loss)
+    run = with_prep(toy_run, tmp_path)
+    words = ("--n-users", 16, "--warmup-steps", 2, "--lr", 0.6, "--lr-new", 1.2, "--eval-every", 3, "--patience", 9)
+    run_stage("sft", run, *words)  # the preset's batches are of four users
+    of_lora, of_new, lengths = zip(*seen, strict=True)
+    assert of_lora == pytest.approx([0.2, 0.4, 0.3, 0.15]) and of_new == pytest.approx([0.4, 0.8, 0.6, 0.3])
+    assert max(lengths) == pytest.approx(1.0, abs=1e-4)
+    log = load_jsonl(run / "sft" / "log.jsonl")
+    assert [line["step"] for line in log] == [0, 0, 3, 4]
+    assert [line["loss"] for line in log[2:]] == pytest.approx([sum(made[:3]) / 3, made[3]], abs=1e-6)
+
+
+def test_tuning_ends_after_looks_without_a_better_one_and_keeps_the_best(toy_run, tmp_path, monkeypatch):
+    """The held-out objective follows a script: at step 1 worse, at step 2 the best, then worse twice."""
+    script, n_batches, weights, plain = [9, 5, 6, 4, 6, 7, 0, 0], 3, [], torch.optim.AdamW.step
+    looked: list[int] = []
+
+    def catalogue_loss(out, *_):
+        if out.requires_grad:
+            return out.sum()
+        looked.append(script[len(looked) // n_batches])
+        return torch.tensor(1000.0 * looked[-1])
+
+    def step(optimiser):
+        plain(optimiser)
+        weights.append([p.detach().clone() for p in optimiser.param_groups[0]["params"]])
+
+    monkeypatch.setattr(losses, "catalogue_loss", catalogue_loss)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run = with_prep(toy_run, tmp_path)
+    run_stage("sft", run, "--eval-every", 1, "--patience", 2)
+    assert [line["step"] for line in load_jsonl(run / "sft" / "log.jsonl")] == [0, 0, 1, 2, 3, 4]
+    assert load_json(run / "sft" / "manifest.json")["counts"]["kept"]["step"] == 2
+    saved = load_file(run / "sft" / "adapter" / "adapter_model.safetensors").values()
+    assert all(any(torch.equal(tensor, weight) for weight in weights[1]) for tensor in saved)
+    assert not all(any(torch.equal(tensor, weight) for weight in weights[3]) for tensor in saved)
+
+
 def test_triplets_hold_out_whole_users_and_no_prompt_names_an_unseen_item(undisturbed):
     run = undisturbed
     triplets = load_jsonl(run / "sft" / "triplets.jsonl")
