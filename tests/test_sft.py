@@ -203,6 +203,9 @@ def test_the_logged_tuning_lowers_the_loss_and_moves_every_added_weight(undistur
     log = load_jsonl(undisturbed / "sft" / "log.jsonl")
     assert log[-1]["held_out_objective"] < log[1]["held_out_objective"] - 0.5  # line 1: ridge start
     assert [line["step"] for line in log] == [0, 0, *range(2, log[-1]["step"] + 1, 2)]
+    for line in log:  # the default weights
+        parts = [line[f"held_out_{name}"] for name in ("loss", "own_loss", "catalogue_loss")]
+        assert line["held_out_objective"] == pytest.approx(parts[0] + 2.0 * parts[1] + 0.5 * parts[2], abs=1e-5)
     tensors = load_file(undisturbed / "sft" / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 16  # A and B of four projections in two layers
     assert all(tensor.norm() > 0 for tensor in tensors.values())
