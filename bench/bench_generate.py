@@ -42,7 +42,7 @@ def work(tmp_path_factory):
 
 def vectors(base, rows: list, size: int) -> np.ndarray:
     """In the order of `rows`, rows of like length sharing a batch as in stage 3."""
-    order = sorted(range(len(rows)), key=lambda r: -sum(map(len, [rows[r][0], *rows[r][1]])))
+    order = sorted(range(len(rows)), key=lambda r: -llm.n_tokens(rows[r]))
     found: dict[int, np.ndarray] = {}
     batches = llm.cut(order, size)
     read = llm.in_parallel(lambda some: llm.embed(base, llm.pack([rows[r] for r in some])), batches, "cpu")
@@ -55,7 +55,7 @@ def vectors(base, rows: list, size: int) -> np.ndarray:
 @pytest.mark.parametrize("way", ["plain", "shared"])
 def test_user_part(benchmark, work, way):
     base, rows, made = work
-    n_tokens = {name: sum(len(p) + sum(map(len, parts)) for p, parts in some) for name, some in rows.items()}
+    n_tokens = {name: sum(map(llm.n_tokens, some)) for name, some in rows.items()}
     n_pairs = len(rows["plain"])
     benchmark.group = f"generate {n_pairs} pairs, {n_tokens['plain']:,} or {n_tokens['shared']:,} tokens"
     made[way] = benchmark.pedantic(vectors, (base, rows[way], BATCH[way]), rounds=1)

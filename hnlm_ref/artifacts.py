@@ -346,9 +346,10 @@ def _imports(file: Path) -> set[Path]:
     """The modules of this package that a file imports, wherever in it the import stands."""
     found = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hnlm_ref":
-            names = (node.module or "").split(".")[1:] or [alias.name for alias in node.names]
-            found |= {Path(__file__).with_name(f"{name}.py") for name in names}
+        if isinstance(node, ast.ImportFrom):
+            package, *names = (node.module or "").split(".")
+            names = names or [alias.name for alias in node.names]
+            found |= {Path(__file__).with_name(f"{name}.py") for name in names if package == "hnlm_ref"}
     return {module for module in found if module.exists()}
 
 
@@ -397,8 +398,9 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             if leads:
                 _promote(partial, final)
             return
-        if leads and (not key_file.exists() or key_file.read_text(encoding="utf-8") != key):
-            if key_file.exists():
+        begun = key_file.read_text(encoding="utf-8") if key_file.exists() else None
+        if leads and begun != key:
+            if begun is not None:
                 say(f"[{stage}] work that was begun with other knobs, inputs or code is dropped")
             for old in partial.iterdir():
                 shutil.rmtree(old) if old.is_dir() else old.unlink()

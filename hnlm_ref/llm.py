@@ -400,9 +400,18 @@ class Batch:
     position: Tensor  # int64 [R, L]; place in prefix + continuation
 
 
-def pack(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: str = "cpu") -> Batch:
+Row = tuple[Sequence[int], Sequence[Sequence[int]]]  # prefix, continuations
+
+
+def n_tokens(row: Row) -> int:
+    """Tokens that a row takes."""
+    prefix, parts = row
+    return len(prefix) + sum(map(len, parts))
+
+
+def pack(rows: Sequence[Row], device: str = "cpu") -> Batch:
     """Lay out (prefix, continuations) rows; pairs are numbered row by row, in the order of the continuations."""
-    longest = max(len(prefix) + sum(map(len, parts)) for prefix, parts in rows)
+    longest = max(map(n_tokens, rows))
     ids, branch, position = (np.full((len(rows), longest), fill, np.int64) for fill in (0, -1, 0))
     for r, (prefix, parts) in enumerate(rows):
         pieces = [prefix, *parts]

@@ -57,11 +57,11 @@ def in_shards(
     comes out the same (case D17). Rows of like length share a batch; processes share the batches of a file."""
     import accelerate
 
-    from hnlm_ref.llm import cut, in_parallel
+    from hnlm_ref.llm import cut, in_parallel, n_tokens
 
-    sizes = [len(prefix) + sum(map(len, parts)) for prefix, parts in rows]
+    sizes = list(map(n_tokens, rows))
     bar, started = progress(total=sum(sizes), desc="generating", unit="token"), time.time()
-    n_tokens, first, paths = 0, 0, []
+    n_done, first, paths = 0, 0, []
     for low in range(0, len(rows), cfg.rows_per_shard):
         shard = range(low, min(low + cfg.rows_per_shard, len(rows)))
         paths.append(run.out / f"shard{low:09d}.npy")
@@ -82,11 +82,11 @@ def in_shards(
                 raise UserError(f"the vector of user {u} and item {i} is not finite; tune and generate in float32")
             if team.is_main_process:
                 save_npy(paths[-1], h)
-            n_tokens += sum(sizes[r] for r in shard)
+            n_done += sum(sizes[r] for r in shard)
         first += n_pairs
     bar.close()
     team.wait_for_everyone()
-    speed = {"tokens_per_second": round(n_tokens / (time.time() - started), 1)}
+    speed = {"tokens_per_second": round(n_done / (time.time() - started), 1)}
     return np.concatenate([load_npy(path) for path in paths]), speed
 
 
@@ -137,7 +137,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         h, timing = in_shards(rows, pairs, cfg, run, team, encode)  # [N, d_llm]
         if not team.is_main_process:
             return {}
-        counts["tokens"] = sum(len(prefix) + sum(map(len, parts)) for prefix, parts in rows)
+        counts["tokens"] = sum(map(llm.n_tokens, rows))
     else:
         # One question per pair; a pair without an answer has no negative: it is counted, and left out from here on.
         questions = [prompts.negative_prompt(prep.users[u], prep.items[i]) for u, i in pairs]

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from hnlm_ref import llm, losses, recommender, training
 from hnlm_ref.artifacts import Run, load_json, load_npy
@@ -18,14 +19,11 @@ PAIRS = torch.tensor([(u, i) for u in range(3) for i in range(u + 1)])
 TARGETS = torch.randn(2, len(PAIRS), 6, generator=torch.Generator().manual_seed(0))
 
 
-def negative_model(base, rank: int = 8):
-    """The same random soft tokens, LoRA and head on every device, no dropout."""
-    torch.manual_seed(0)
-    model = llm.NegativeModel(llm.add_lora(base.cpu(), rank, 16, 0.0), *CF, 6)
+def fill_lora(model):
+    """Random B, which is zero in a fresh adapter."""
     for name, weight in model.named_parameters():
-        if "lora_B" in name:  # zero in a fresh adapter
+        if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    return model
 
 
 def figures_and_gradients(model, device):
@@ -43,7 +41,10 @@ def figures_and_gradients(model, device):
 def test_vectors_and_gradients_in_float32(checkpointing):
     found = []
     for device in ("cpu", DEVICE):
-        model = negative_model(llm.load_llm("tiny", "cpu")[0]).to(device)
+        torch.manual_seed(0)  # made on the CPU: the same weights on both
+        model = llm.NegativeModel(llm.add_lora(llm.load_llm("tiny", "cpu")[0], 8, 16, 0.0), *CF, 6)
+        fill_lora(model)
+        model.to(device)
         if checkpointing:
             llm.recompute_activations(model)
         with torch.no_grad():
@@ -70,12 +71,13 @@ def test_in_bfloat16_the_loss_falls():
     assert seen[-1] < 0.7 * seen[0]
 
 
+# No extra installs bitsandbytes: it is the user's choice, and wants a GPU.
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
 def test_weights_in_4_bits_pass_gradients_and_load_again(tmp_path):
     config = llm.tiny_model()[0].config
     for name, size in {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}.items():
         setattr(config, name, size)
-    llm.transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     llm.tiny_model()[1].save_pretrained(tmp_path / "base")
 
     def load():
@@ -88,9 +90,7 @@ def test_weights_in_4_bits_pass_gradients_and_load_again(tmp_path):
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     reached = {name for name, gradient in zip(names, gradients, strict=True) if gradient.abs().max() > 0}
     assert reached == {name for name in names if "lora_A" not in name}  # lora_B is zero, so none of A's yet
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
+    fill_lora(model)
     model.save(tmp_path)
     np.save(tmp_path / "targets.npy", np.zeros((1, 6), np.float32))
     again = llm.load_negative_model(load(), tmp_path, *CF)
