@@ -70,6 +70,14 @@ def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made
     np.testing.assert_allclose(-np.sort(-cosine, axis=1)[:, : matches.shape[1]], scores, atol=1e-5)
 
 
+def test_sampled_negatives_are_told_beside_the_generated_ones(made):
+    """Shares of the catalogue that a uniform draw beats have the mean 1/2, the highest of four draws' 4/5."""
+    table = load_json(made / "generate" / "quality.json")
+    assert list(table) == ["uniform", "dns (M = 4)", "nearest item", "nearest 20 items"]
+    uniform, dns, *_ = (figures["warm_up_percentile"] for figures in table.values())
+    assert (uniform, dns) == (pytest.approx(1 / 2, abs=0.03), pytest.approx(4 / 5, abs=0.03))
+
+
 def test_zero_shot_vectors_are_means_of_the_untuned_model_s_states_and_match_the_nearest_texts(toy_run, tmp_path):
     """The slow way: a forward pass for each pair, nothing packed; the mean leaves the user's part out."""
     run = with_inputs(toy_run, tmp_path)

@@ -264,6 +264,27 @@ def test_tuning_ends_after_looks_without_a_better_one_and_keeps_the_best(toy_run
     assert not all(any(torch.equal(tensor, weight) for weight in weights[3]) for tensor in saved)
 
 
+def test_the_head_is_solved_for_the_hard_negatives_and_against_the_item_taken(toy_run, tmp_path, monkeypatch):
+    given, solve = [], llm.Head.solve
+    monkeypatch.setattr(llm.Head, "solve", lambda head, h, wanted: given.append(wanted) or solve(head, h, wanted))
+    run = with_prep(toy_run, tmp_path)
+    run_stage("sft", run, "--n-epochs", 0, "--probe-users", 3, "--pairs-per-user", 4)
+    targets = load_npy(run / "sft" / "targets.npy").astype(np.float64)
+    unit = [vector / math.sqrt(vector @ vector) for vector in targets]
+    mined: dict[tuple, list] = {}
+    for t in load_jsonl(run / "sft" / "triplets.jsonl"):
+        if not t["held_out"]:
+            mined.setdefault((t["user"], t["item"]), []).append(t["positive"])
+    users = list(dict.fromkeys(user for user, _ in mined))[:3]
+    expected = []
+    for (user, item), found in mined.items():
+        if user in users:
+            aim = sum(unit[j] for j in found)
+            expected.append(aim / math.sqrt(aim @ aim) - unit[item] / 2)
+    assert len(expected) == 12  # four pairs of each
+    np.testing.assert_allclose(given[0].numpy(), expected, atol=1e-5)
+
+
 def test_triplets_hold_out_whole_users_and_no_prompt_names_an_unseen_item(undisturbed):
     run = undisturbed
     triplets = load_jsonl(run / "sft" / "triplets.jsonl")
