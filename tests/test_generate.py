@@ -424,8 +424,12 @@ def test_a_title_of_the_catalogue_matches_its_item_however_few_the_answers(
         reply = {"choices": [{"message": {"content": said(prep.items[wanted[-1]]["title"])}}]}
         Server.plan[prompts.negative_prompt(prep.users[u], prep.items[i])] = [json.dumps(reply).ljust(99)]
     monkeypatch.setattr(Server, "key", "another")  # no answer to the other questions
-    generate(run, "--mode", "text", "--endpoint", server, "--pairs-per-user", 1)
+    words = ("--mode", "text", "--endpoint", server, "--pairs-per-user", 1)
+    generate(run, *words)
     assert load_npy(run / "generate" / "matches.npy")[:, 0].tolist() == wanted
+    generate(run, *words, "--match", "title", "--min-similarity", 1)  # no other title is quite the same
+    matches = load_npy(run / "generate" / "matches.npy")
+    assert matches[:, 0].tolist() == wanted and (matches[:, 1:] == -1).all()
 
 
 def test_text_mode_with_a_model_that_cannot_write_json_says_so_and_leaves_nothing(toy_run, tmp_path):
