@@ -46,7 +46,13 @@ LARGE = 1 << 28  # bytes; Choice: larger input files are known by size and time 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; rename it to `path` when the block ends well, remove it when it does not."""
+    """Give a temporary name to write to; rename it to `path` when the block ends well, remove it when it does not.
+
+    Of a link the target is replaced. Raises UserError for what is no file: a pipe or a device would be gone.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is there and is no file; choose another name")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -387,6 +393,8 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
     if done:
         say(f"[{stage}] done before, nothing changed: {final}")
         return
+    if final.exists() and not (final / "manifest.json").exists() and (final.is_file() or any(final.iterdir())):
+        raise UserError(f"{final} holds no manifest.json, so no stage wrote it; move it or choose another --run-dir")
     if leads and final.exists():
         say(f"[{stage}] {final} was made with other knobs, inputs or code; it will be replaced")
     lock = None

@@ -215,8 +215,8 @@ def split(
     ratio         at random within each user: n * ratio rows, halves rounded up; train keeps one at least (case A21)
     ratio-global  at random over all rows
     leave-one     the user's last row is test; leave-two: the one before is valid as well; train keeps one at least
-    time          test from `test_from` on, valid from `valid_from` on; if none is given, the last `test_ratio` of the
-                  rows and the `valid_ratio` before them, equal times staying together (case A16)
+    time          test from `test_from` on, valid from `valid_from` on; where one is not given, the last `test_ratio`
+                  of the rows, the `valid_ratio` of them before the test, equal times staying together (case A16)
     """
     n = len(log)
     if how in ("leave-one", "leave-two", "time") and log.time is None:
@@ -226,13 +226,19 @@ def split(
     if how == "time":
         assert log.time is not None
         ordered = np.sort(log.time)
-        cuts = [moment(text, log.unit) if text else np.inf for text in (valid_from, test_from)]
-        if valid_from and cuts[0] >= cuts[1]:
-            raise UserError(f"valid_from {valid_from} is not before test_from {test_from}: validation would be empty")
-        if valid_from is None and test_from is None:
-            ratios = (test_ratio + valid_ratio, test_ratio)
-            cuts = [ordered[min(n - 1, int(n * (1 - r) + 0.5))] if r else np.inf for r in ratios]
-        return np.where(log.time >= cuts[1], 2, np.where(log.time >= cuts[0], 1, 0)).astype(np.int8)
+
+        def cut(text: str | None, ratio: float, end: float) -> float:
+            """The time given, or that of the first of n * ratio rows that end before row `end`; none: infinity."""
+            if text:
+                return moment(text, log.unit)
+            return ordered[min(n - 1, max(0, int(end - n * ratio + 0.5)))] if ratio else np.inf
+
+        test = cut(test_from, test_ratio, n)
+        valid = cut(valid_from, valid_ratio, float(np.searchsorted(ordered, test)) if test_from else n - n * test_ratio)
+        if valid_from and valid >= test:
+            where = f"test_from {test_from}" if test_from else f"the last {test_ratio:g} of the rows, test_ratio"
+            raise UserError(f"valid_from {valid_from} is not before {where}: validation would be empty")
+        return np.where(log.time >= test, 2, np.where(log.time >= valid, 1, 0)).astype(np.int8)
     group = np.zeros(n, np.int32) if how == "ratio-global" else log.user
     sizes = np.bincount(group, minlength=1)
     if how.startswith("leave"):

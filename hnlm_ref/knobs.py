@@ -111,9 +111,9 @@ def load_preset(name: str | None, beside: Path = Path(), above: tuple[Path, ...]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"preset {path}: {error}") from error
     below = tables.pop("extends", None)
-    if not isinstance(below, str | None) or path in above:
+    if not isinstance(below, str | None) or path.resolve() in above:
         raise UserError(f"preset {path}: extends = {below!r}: the name of another preset is wanted")
-    below = load_preset(below, path.parent, (*above, path))
+    below = load_preset(below, path.parent, (*above, path.resolve()))
     for table, content in tables.items():
         if table not in ("run", *STAGES, "methods", "grid"):
             raise UserError(
@@ -153,7 +153,10 @@ def method_knobs(tables: dict[str, dict], method: str) -> dict:
             f"method {method!r}: the name becomes a folder, so it may hold no slash and not begin with a dot"
         )
     name, *changes = method.split("@")
-    return tables.get("methods", {}).get(name, {"sampler": name}) | dict(c.partition("=")[::2] for c in changes)
+    found = tables.get("methods", {}).get(name, {"sampler": name}) | dict(c.partition("=")[::2] for c in changes)
+    if "method" in found:
+        raise UserError(f"method {method!r}: its table and its grid may not set method, which is its name")
+    return found
 
 
 # ---- command lines ----------------------------------------------------------------------------------------------
@@ -257,11 +260,11 @@ class StageCommand(click.Command):
         return self.folder(cfg, run), knobs, inputs, stage_key(knobs, run.seed, inputs, self.files(cfg), self.source)
 
     def _call(self, preset: str | None, quiet: bool, **params: Any) -> None:
-        tables, run = open_run(preset, quiet, params)
-        cfg = self.configure(tables, given(self.config, params))
         with system_errors_told():
+            tables, run = open_run(preset, quiet, params)
+            cfg = self.configure(tables, given(self.config, params))
             folder, knobs, inputs, key = self.plan(cfg, run)
-        run_stage(folder, run, knobs, inputs, key, lambda run: self.main_function(cfg, run))
+            run_stage(folder, run, knobs, inputs, key, lambda run: self.main_function(cfg, run))
 
 
 def stage_command(

@@ -92,10 +92,14 @@ def in_parallel(function: Callable, batches: Iterable, device: str) -> Iterator:
         yield from pool.map(call, batches)
 
 
-def sums_vary(llm: Any) -> bool:
-    """Whether the model's sums depend on how many threads share them: those of bfloat16 on a CPU do."""
+def sums_vary(llm: Any, backward: bool = False) -> bool:
+    """Whether the model's sums depend on how many threads share them.
+
+    On a CPU those of bfloat16 do, and in the backward pass those of eager attention, through its softmax.
+    """
     weight = llm.get_input_embeddings().weight
-    return (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu")
+    eager = backward and llm.config._attn_implementation == "eager"
+    return weight.device.type == "cpu" and (weight.dtype == torch.bfloat16 or eager)
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------
@@ -629,7 +633,7 @@ def gradients(
     differentiated by them, and each thread goes on backwards from there; gradients are added in the users' order.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    apart = sums_vary(model.llm) and not sharded()
+    apart = sums_vary(model.llm, backward=True) and not sharded()
     pieces = cut(users, 2) if apart else [users]
 
     def each(function: Callable) -> list:

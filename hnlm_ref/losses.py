@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+
+def total(x: Tensor) -> Tensor:
+    """Sum of all numbers, in pieces that torch leaves to one thread each: the same for any number of threads."""
+    if x.numel() <= 1 << 14:
+        return x.sum()
+    return torch.stack([piece.sum() for piece in x.flatten().split(1 << 14)]).sum()
+
+
 # ---- recommender ------------------------------------------------------------------------------------------------
 
 
@@ -23,23 +31,24 @@ def bpr_loss(pos_scores: Tensor, neg_scores: Tensor) -> Tensor:
     pos_scores [B], neg_scores [B, n]. In softplus form: never log(sigmoid), nothing added inside a log (E02, X25).
     """
     gap = neg_scores - pos_scores[:, None]
-    return functional.softplus(gap if gap.shape[1] == 1 else gap.logsumexp(1)).mean()  # of one it is slow and no change
+    gap = gap if gap.shape[1] == 1 else gap.logsumexp(1)  # of one it is slow and no change
+    return total(functional.softplus(gap)) / len(gap)
 
 
 def hinge_loss(pos_scores: Tensor, neg_scores: Tensor, margin: float) -> Tensor:
     """max(0, margin - s_ui + s_uj), mean over batch and negatives: the released code's ranking loss (case X10)."""
-    return functional.relu(margin - pos_scores[:, None] + neg_scores).mean()
+    return total(functional.relu(margin - pos_scores[:, None] + neg_scores)) / neg_scores.numel()
 
 
 def contrast_loss(user_emb: Tensor, pos_emb: Tensor, hard_emb: Tensor, temperature: float) -> Tensor:
     """L_cl = softplus((cos(e_u, e_hard) - cos(e_u, e_i)) / tau), mean over rows; all [P, d], no row gives 0 (E03)."""
     gap = functional.cosine_similarity(user_emb, hard_emb) - functional.cosine_similarity(user_emb, pos_emb)
-    return functional.softplus(gap / temperature).sum() / max(len(gap), 1)
+    return total(functional.softplus(gap / temperature)) / max(len(gap), 1)
 
 
 def anchor_loss(hard_emb: Tensor, target_emb: Tensor) -> Tensor:
     """Half the squared distance of e_hard from its mined item's vector, which is held fixed; [P, d], no row gives 0."""
-    return 0.5 * (hard_emb - target_emb.detach()).square().sum() / max(len(hard_emb), 1)
+    return 0.5 * total((hard_emb - target_emb.detach()).square()) / max(len(hard_emb), 1)
 
 
 def l2_loss(table: Tensor, *rows: Tensor) -> Tensor:
@@ -48,7 +57,7 @@ def l2_loss(table: Tensor, *rows: Tensor) -> Tensor:
     table [U + I, d], not propagated; rows int64 [B] or [B, n], a vector that is there twice counts twice
     """
     counts = torch.cat([r.flatten() for r in rows]).bincount(minlength=len(table))  # cheaper than gathering vectors
-    return table.square().sum(1) @ counts.to(table.dtype) / (2 * len(rows[0]))
+    return total(table.square().sum(1) * counts) / (2 * len(rows[0]))
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:

@@ -114,7 +114,7 @@ def sign_flip_p(a: np.ndarray, b: np.ndarray, n_samples: int = 10_000, seed: int
     diff = diff[diff != 0]
     if len(diff) == 0:
         return 1.0
-    observed = abs(diff.sum()) * (1 - 1e-12)  # sums in another order are ties, not smaller
+    observed = abs(diff.sum()) - 1e-12 * abs(diff).sum()  # sums in another order are ties, not smaller
     if len(diff) <= 16:
         signs = 1 - 2 * ((np.arange(2 ** len(diff))[:, None] >> np.arange(len(diff))) & 1)
         return float(np.mean(np.abs(signs @ diff) >= observed))

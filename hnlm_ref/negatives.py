@@ -72,12 +72,12 @@ def quality(
     prep: Prep,
     cf: tuple[np.ndarray, np.ndarray],
     text: tuple[np.ndarray, np.ndarray],
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """How hard, how false and how varied some kinds of negatives are.
 
     kinds    name: int32 [N, m], items, -1 for none, of users int32 [N]
     cf       warm-up vectors of users and items, text: text vectors of users and items
-    Returns  of each kind, means over all its matches:
+    Returns  of each kind, means over all its matches, None without any:
 
     warm_up_percentile  share of the other items not taken that the warm-up scores lower: 1 is hardest, 0.5 random
     false_rate          share of negatives that are held-out positives of the user (FHNS), on valid: test stays closed
@@ -88,7 +88,8 @@ def quality(
     coverage            share of the catalogue that is used; most_used: share of the most frequent item
     """
     n_items = prep.n_items
-    some = np.arange(prep.n_users)[:: -(-prep.n_users // QUALITY_USERS)]  # [S]
+    some = np.unique(users)  # [S]
+    some = some[:: -(-len(some) // QUALITY_USERS)]
     row_of = np.full(prep.n_users, -1)
     row_of[some] = np.arange(len(some))
     of_some = row_of[users] >= 0  # [N]
@@ -105,7 +106,7 @@ def quality(
     user_text, item_text = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in text)
     popularity = np.bincount(prep.train.indices, minlength=n_items)
 
-    def figures(matches: np.ndarray) -> dict[str, float]:
+    def figures(matches: np.ndarray) -> dict[str, float | None]:
         row, place = np.nonzero((matches >= 0) & of_some[:, None])
         u, j = users[row], matches[row, place]
         r = row_of[u]
@@ -121,6 +122,6 @@ def quality(
             "most_used": used.max() / max(len(j), 1),
             "matched": (matches[of_some] >= 0).any(1).mean(),
         }
-        return {name: round(float(np.mean(value)), 5) for name, value in values.items()}
+        return {name: round(float(np.mean(value)), 5) if len(j) else None for name, value in values.items()}
 
     return {name: figures(matches) for name, matches in kinds.items()}

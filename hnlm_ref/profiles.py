@@ -14,14 +14,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hnlm_ref.artifacts import Prep, Run, no_half_characters, save_jsonl
+from hnlm_ref.artifacts import Prep, Run, load_jsonl, no_half_characters, save_jsonl
 from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import knob
 from hnlm_ref.prompts import PROFILE_KEY, Reply, item_profile_prompt, parse_reply, user_profile_prompt
@@ -152,18 +152,18 @@ def ask(
     """Ask every question once and write JSONL to `path`: `about`, status, text, raw, in their order.
 
     Answers already in the unfinished file (`path` + ".part") are kept, a half-written last line is dropped (case D17),
-    failed questions are asked again. A failed answer is empty, never another's text (case D20).
+    failed questions are asked again; so it is with `path` itself, where the stage was stopped in what follows. A
+    failed answer is empty, never another's text (case D20).
     titles  of the positive of each question, which an answer must not repeat
     """
     part = path.with_name(path.name + ".part")
-    replies: dict[int, Reply] = {}
+    rows: Iterable[dict] = ()
     if part.exists():
-        whole = part.read_bytes().decode("utf-8", "ignore").split("\n")[:-1]
-        kept = [row for row in map(json.loads, whole) if row["status"] != "failed"]
-        save_jsonl(part, kept)
-        for row in kept:
-            number = row.pop("number")
-            replies[number] = Reply(**row)
+        rows = map(json.loads, part.read_bytes().decode("utf-8", "ignore").split("\n")[:-1])
+    elif path.exists():
+        rows = ({"number": number} | row for number, row in enumerate(load_jsonl(path)))
+    replies = {r["number"]: Reply(r["status"], r["text"], r["raw"]) for r in rows if r["status"] != "failed"}
+    save_jsonl(part, ({"number": number} | vars(reply) for number, reply in replies.items()))
     done = set(replies)
     missing = len(questions) - len(done)
     with part.open("a", encoding="utf-8", newline="\n") as file:

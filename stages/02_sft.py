@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, file_fingerprint, load_npy, own_share, resolve_path, save_jsonl, save_npy
+from hnlm_ref.artifacts import (
+    Run,
+    file_fingerprint,
+    load_json,
+    load_npy,
+    own_share,
+    resolve_path,
+    save_jsonl,
+    save_npy,
+)
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 
@@ -84,6 +93,13 @@ def main(cfg: SftConfig, run: Run) -> dict:
     texts = [item_words(item) for item in prep.items]
     if len(set(texts)) == 1 and (cfg.target == "text" or cfg.guard_threshold is not None):
         raise UserError(f"target text and guard_threshold need texts; every item is {texts[0]!r}, see prep's --items")
+    fingerprint = file_fingerprint(resolve_path(cfg.model))
+    if cfg.init_from:  # its LoRA fits the very weights that it was tuned on
+        if not (told := resolve_path(cfg.init_from) / "manifest.json").exists():
+            raise UserError(f"init_from {cfg.init_from}: no finished sft folder ({told.name} is missing)")
+        model, theirs = load_json(told)["knobs"]["model"], load_json(told)["counts"]["model fingerprint"]
+        if model != cfg.model and (theirs != fingerprint or theirs == "absent"):
+            raise UserError(f"init_from {cfg.init_from} was tuned on model {model}, not on {cfg.model}; take that one")
     llm.set_threads(run.n_threads)
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the steps: one, unless launched so
 
@@ -137,7 +153,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
         raise UserError(f"{left}; at least one to tune on and one held out are needed")
     counted = {
         "users without an item to mine": len(some) - len(mined),
-        "model fingerprint": file_fingerprint(resolve_path(cfg.model)),
+        "model fingerprint": fingerprint,
         "dtype": str(base.dtype).removeprefix("torch."),
     }
     mined = {u: mined[u] for u in (*held_out, *users)}

@@ -203,7 +203,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     table = negatives.quality(kinds, users, prep, cf, text)
     save_json(out / "quality.json", table)
     for figure in table["uniform"]:
-        say(f"[generate] {figure:22}" + "".join(f"{name}: {figures[figure]:<12.4f}" for name, figures in table.items()))
+        say(f"[generate] {figure:22}" + "".join(f"{name}: {figures[figure]!s:<12}" for name, figures in table.items()))
     for path in out.glob("shard*.npy"):
         path.unlink()
     counts |= {"pairs": len(pairs), "pairs without match": int((matches[:, 0] < 0).sum())}

@@ -80,6 +80,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.sampler == "hnlm_matched" and self.base_sampler == "mixgcf":
             raise UserError("hnlm_matched: mixgcf makes vectors, not items that matched ones could replace; use hnlm")
+        if self.enhancer == "rlmrec_gen" and (self.backbone == "mf" or self.n_layers == 0):
+            raise UserError("rlmrec_gen tells a masked node by its neighbours, which mf and 0 layers do not look at")
 
 
 def reads(cfg: TrainConfig, run: Run) -> list[str]:
@@ -174,7 +176,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
                 e_hard = model["adapter"](h).float()  # [P, d]
             # Choice: as long as item vectors are on average. Left free, the ranking loss makes it long and easy (away
             # from e_u) within an epoch, and alpha means nothing.
-            e_hard = functional.normalize(e_hard) * item_emb.detach().norm(dim=1).mean()
+            length = losses.total(item_emb.detach().norm(dim=1)) / prep.n_items
+            e_hard = functional.normalize(e_hard) * length
             if cfg.adapter_grad == "anchored":
                 nearest = generated.matches_of(batch.rows[has])[0][:, 0]  # [P], -1: no match
                 target = item_emb[nearest[nearest >= 0]]
@@ -183,8 +186,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
             alpha = cfg.mix_alpha * sampler.ramp(batch.epoch)
             e_j = e_minus[has]  # [P, n, d]
             e_minus = e_minus.index_put((has,), losses.mix(e_hard, e_j, alpha))
-            terms["norm_hard"] = alpha * e_hard.norm(dim=-1).sum() / max(len(has), 1)
-            terms["norm_sampled"] = (1 - alpha) * e_j.norm(dim=-1).sum() / max(e_j.shape[:2].numel(), 1)
+            terms["norm_hard"] = alpha * losses.total(e_hard.norm(dim=-1)) / max(len(has), 1)
+            terms["norm_sampled"] = (1 - alpha) * losses.total(e_j.norm(dim=-1)) / max(e_j.shape[:2].numel(), 1)
             terms["cl"] = losses.contrast_loss(e_u[has], e_i[has], e_hard, cfg.cl_temperature)
             total = total + cfg.lambda_cl * terms["cl"]
 

@@ -282,6 +282,22 @@ def test_later_rows_of_unseen_users_and_items_are_counted_and_an_empty_test_is_r
     assert done.counts["rows"] == 7 == 3 + 1 + 3  # train, test, dropped
 
 
+def test_a_bound_in_time_that_is_not_given_follows_from_its_ratio():
+    """Ten rows at times 1 to 10, a tenth for validation and two for the test unless a time says otherwise."""
+    numbers = np.arange(10, dtype=np.int32)
+    log = data.Log(pl.Series(["u"]), pl.Series(list("abcdefghij")), 0 * numbers, numbers, time=numbers + 1.0, unit="s")
+
+    def parts(valid_from, test_from, valid_ratio=0.1):
+        found = data.split(log, "time", valid_ratio, 0.2, np.random.default_rng(0), valid_from, test_from)
+        return "".join("-ve"[part] for part in found)
+
+    assert parts(None, None) == "-------vee"
+    assert parts(None, "8.0") == "------veee" and parts(None, "8.0", 0.0) == "-------eee"
+    assert parts("6.0", None) == "-----vvvee" and parts("6.0", "8.0") == "-----vveee"
+    with pytest.raises(UserError, match=r"valid_from 9\.0 is not before the last 0\.2 of the rows, test_ratio: valida"):
+        parts("9.0", None)
+
+
 def test_rows_in_any_order_give_the_same_files(case_input, tmp_path):
     """Case A17: equal times go by item, and the user is told."""
     header, *lines = case_input("a12_time_ties.csv").read_text(encoding="utf-8").splitlines()

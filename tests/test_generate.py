@@ -225,6 +225,10 @@ def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path
     assert [(r.status, r.text) for r in replies] == [("ok", "kept"), ("ok", "u2"), ("ok", "u3")]
     assert [(row["user"], row["text"]) for row in load_jsonl(path)] == [(1, "kept"), (2, "u2"), (3, "u3")]
     assert not part.exists()
+    # stopped later in the stage: the finished file is there, and nothing is asked again
+    asked.clear()
+    assert profiles.ask(["u1", "u2", "u3"], [*about, {"user": 3}], path, answer, prompts.NEGATIVE_KEY) == replies
+    assert asked == [] and not part.exists() and len(load_jsonl(path)) == 3
 
 
 def test_a_local_model_goes_on_with_the_batches_it_was_stopped_in(monkeypatch, tmp_path):

@@ -215,6 +215,20 @@ def test_a_preset_lies_over_the_one_it_extends(tmp_path):
         load_preset(str(tmp_path / "lost.toml"))
 
 
+def test_presets_that_extend_each_other_are_refused_by_whatever_path(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "a.toml").write_text('extends = "d/../b.toml"\n')
+    (tmp_path / "b.toml").write_text('extends = "d/../a.toml"\n')
+    with pytest.raises(UserError, match=r"a\.toml: extends = 'd/../b\.toml': the name of another preset"):
+        load_preset(str(tmp_path / "a.toml"))
+
+
+def test_the_name_of_a_method_is_no_knob_of_it():
+    for method in ("a", "b@method=c"):
+        with pytest.raises(UserError, match=f"method '{method}': its table and its grid may not set method"):
+            method_knobs({"methods": {"a": {"method": "b"}}}, method)
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", ".x", "..", ""])
 def test_a_method_cannot_leave_the_folder_of_the_run(name):
     with pytest.raises(UserError, match="it may hold no slash and not begin with a dot"):

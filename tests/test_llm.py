@@ -316,7 +316,7 @@ def gradients_of(model: llm.NegativeModel, seed: int = 0) -> tuple[dict, dict[st
 def test_gradients_are_those_of_one_backward_pass_over_all_pairs(monkeypatch, apart):
     model = negative_model()
     tune(model, 1)  # lora_B leaves zero, so that lora_A gets a gradient
-    monkeypatch.setattr(llm, "sums_vary", lambda llm: apart)
+    monkeypatch.setattr(llm, "sums_vary", lambda llm, backward: apart)
     figures, found = gradients_of(model)
     _, tokenizer = llm.tiny_model()
     queries = llm.make_queries(tokenizer, *users_and_items(), 160, 64)
@@ -330,9 +330,32 @@ def test_gradients_are_those_of_one_backward_pass_over_all_pairs(monkeypatch, ap
             torch.testing.assert_close(found[name], p.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradients_do_not_depend_on_the_number_of_threads(tmp_path, attention):
+    """In float32, of rows long enough for torch to share them out; only eager attention differs, backwards."""
+    for part in llm.tiny_model():
+        part.save_pretrained(tmp_path)
+    rows = [(list(range(2, 62)), [[*range(5 + i, 23 + i), -1 - u, -3, 1] for i in range(5)]) for u in (0, 1, 0, 1)]
+    found, before = [], torch.get_num_threads()
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            torch.manual_seed(0)
+            base, _ = llm.load_llm(str(tmp_path), "cpu", "float32", attention)
+            model = llm.NegativeModel(llm.add_lora(base, 4, 8, 0.0), *CF, 3).train()
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:  # zero else, and lora_A would get no gradient
+                    torch.nn.init.normal_(weight, std=0.1)
+            read = lambda users, model=model: (model(llm.pack([rows[u] for u in users]))[1],)  # noqa: E731
+            found.append(llm.gradients(model, read, [0, 1, 2, 3], lambda o: {"objective": o.square().sum()}, 0)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, two) and one.any() for one, two in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(("dropout", "apart"), [(0.0, False), (0.5, False), (0.5, True)])
 def test_recomputing_activations_changes_no_gradient_and_reaches_every_layer(monkeypatch, dropout, apart):
-    monkeypatch.setattr(llm, "sums_vary", lambda llm: apart)
+    monkeypatch.setattr(llm, "sums_vary", lambda llm, backward: apart)
     gradients = []
     for recompute in (False, True):
         model = negative_model(dropout=dropout)
@@ -369,6 +392,26 @@ def test_lora_alone_drops_out_and_each_of_its_layers_by_itself(tmp_path):
     own = [layer for layer in lora.modules() if isinstance(layer, llm.Dropout)]
     assert [layer.number for layer in own] == [0, 1, 2, 3] and {layer.p for layer in own} == {0.1}
     assert not any(type(layer) is torch.nn.Dropout and layer.p for layer in lora.modules())
+
+
+def test_pieces_of_a_micro_batch_and_its_seeds_drop_out_each_by_itself(monkeypatch):
+    """Four users with the same prompt, two to a thread."""
+    monkeypatch.setattr(llm, "sums_vary", lambda llm, backward: True)
+    model = negative_model(dropout=0.5).train()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # zero else, and nothing is dropped
+            torch.nn.init.normal_(weight)
+    row, seen = ([2, 3, 4], [[5, -1, -3, 1]]), []
+
+    def loss(z):
+        seen.append(z.detach())
+        return {"objective": z.sum()}
+
+    for seed in (0, 0, 1):
+        llm.gradients(model, lambda users: (model(llm.pack([row] * len(users)))[1],), [0, 1, 2, 3], loss, seed)
+    first, again, other = seen
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first[:2], first[2:])
 
 
 def test_ridge_puts_the_head_where_least_squares_does():

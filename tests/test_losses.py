@@ -12,6 +12,24 @@ def tensor(values, grad=False):
     return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
 
 
+def test_a_total_of_many_numbers_is_the_same_for_any_number_of_threads():
+    before, x = torch.get_num_threads(), torch.rand(100_003, generator=torch.Generator().manual_seed(0))
+    found = {}
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            pos, neg = x[:50_000], x[50_000:100_000, None]
+            table, rows = x[:80_000].view(-1, 1), torch.arange(80_000)
+            values = losses.total(x), losses.bpr_loss(pos, neg), losses.l2_loss(table, rows)
+            values += losses.hinge_loss(pos, neg, 0.3), losses.anchor_loss(pos[:, None], neg)
+            found[n_threads] = [value.item() for value in values]
+    finally:
+        torch.set_num_threads(before)
+    assert found[1] == found[2] == found[3]
+    assert found[1][0] == pytest.approx(math.fsum(x.tolist()), rel=1e-6)
+    assert found[1][1] == pytest.approx(torch.nn.functional.softplus(neg[:, 0] - pos).double().mean().item(), rel=1e-5)
+
+
 def test_bpr_is_exact_far_from_zero_and_keeps_its_gradient():  # case E02
     pos, neg = tensor([2.0, 0.0, -200.0], grad=True), tensor([[0.0], [0.0], [0.0]])
     each = [losses.bpr_loss(pos[r : r + 1], neg[r : r + 1]).item() for r in range(3)]

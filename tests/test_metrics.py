@@ -254,6 +254,12 @@ def test_the_exact_p_of_three_users_is_that_of_all_eight_sign_patterns():
     assert metrics.sign_flip_p(np.array([3.0, 2.0, 0.0, NAN]), np.array([0.0, 0.0, 1.0, NAN])) == 0.5
 
 
+def test_differences_that_sum_to_nothing_have_the_p_one():
+    """0.1 three times and -0.3: in binary numbers they sum to 1e-17, and every sign pattern is as far out."""
+    assert metrics.sign_flip_p(np.array([0.1, 0.1, 0.1, 0.0]), np.array([0.0, 0.0, 0.0, 0.3])) == 1.0
+    assert metrics.sign_flip_p(np.array([0.1] * 15 + [-0.3] * 5), np.zeros(20)) == 1.0
+
+
 def test_the_sampled_p_comes_near_the_exact_one():
     rng = np.random.default_rng(0)
     diff = rng.normal(0.3, 1, 16)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hnlm_ref import llm, losses
-from hnlm_ref.artifacts import Csr, Prep, load_json, load_jsonl, load_npy, save_json, save_jsonl
+from hnlm_ref.artifacts import Csr, Prep, Run, load_json, load_jsonl, load_npy, save_json, save_jsonl
 from hnlm_ref.cli import load_stage, stage_file
 from hnlm_ref.console import UserError
 from hnlm_ref.negatives import choose_pairs, mine_triplets, quality, with_best_ranked
@@ -145,10 +145,20 @@ def test_as_hard_is_the_rate_of_the_21_ranks_around():
     nobody, valid = Csr.from_pairs([], [], n, n), Csr.from_pairs(range(12), range(12), n, n)
     cf, text = (np.ones((n, 1)), -np.arange(n, dtype=float)[:, None]), (np.ones((n, 1)), np.ones((n, 1)))
     for rank in range(n):
-        found = quality({"made": np.array([[rank]])}, np.array([0]), prep_of(nobody, valid), cf, text)["made"]
+        found = quality({"made": np.full((n, 1), rank)}, np.arange(n), prep_of(nobody, valid), cf, text)["made"]
         window = [place for place in range(rank - 10, rank + 11) if 0 <= place < n]
         expected = sum(place < 12 for place in window) / n / len(window)
         assert found["false_rate_as_hard"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_quality_is_of_users_who_have_negatives_and_of_nothing_it_is_none():
+    """Of more than a thousand users every second is looked at: of those asked about."""
+    n = 1500
+    nobody, valid = Csr.from_pairs([], [], n, 3), Csr.from_pairs([], [], n, 3)
+    cf, text = (np.ones((n, 1)), np.array([[3.0], [2.0], [1.0]])), (np.ones((n, 1)), np.ones((3, 1)))
+    kinds = {"made": np.array([[0], [1]]), "none": np.array([[-1], [-1]])}
+    found, none = quality(kinds, np.array([1, 3]), prep_of(nobody, valid), cf, text).values()
+    assert found["warm_up_percentile"] == (1 + 1 / 2) / 2 and set(none.values()) == {None}
 
 
 # ---- the stage ----------------------------------------------------------------------------------------------------
@@ -285,6 +295,30 @@ def test_the_head_is_solved_for_the_hard_negatives_and_against_the_item_taken(to
     np.testing.assert_allclose(given[0].numpy(), expected, atol=1e-5)
 
 
+def test_targets_are_centred_and_a_user_s_text_vector_is_the_mean_of_the_items_taken(undisturbed):
+    run = undisturbed / "sft"
+    item, user_text, item_text = (load_npy(run / f"{name}.npy") for name in ("cf_item", "user_text", "item_text"))
+    np.testing.assert_allclose(load_npy(run / "targets.npy"), item - item.astype(np.float64).mean(0), atol=1e-6)
+    train = Run(undisturbed).prep().train
+    means = [item_text[train.row(u)].mean(0) for u in range(train.n_rows)]
+    np.testing.assert_allclose(user_text, means, atol=1e-5)
+
+
+def test_every_epoch_takes_all_users_in_an_order_of_its_own(toy_run, tmp_path, monkeypatch):
+    users, gradients = [], llm.gradients
+
+    def told(model, read, some, *rest):
+        users.extend(some)
+        return gradients(model, read, some, *rest)
+
+    monkeypatch.setattr(llm, "gradients", told)
+    run = with_prep(toy_run, tmp_path)
+    run_stage("sft", run, "--n-epochs", 2, "--patience", 99)
+    first, second = users[: len(users) // 2], users[len(users) // 2 :]
+    tuned_on = {t["user"] for t in load_jsonl(run / "sft" / "triplets.jsonl") if not t["held_out"]}
+    assert sorted(first) == sorted(second) == sorted(tuned_on) and first != second
+
+
 def test_triplets_hold_out_whole_users_and_no_prompt_names_an_unseen_item(undisturbed):
     run = undisturbed
     triplets = load_jsonl(run / "sft" / "triplets.jsonl")
@@ -352,6 +386,17 @@ def test_an_adapter_of_another_shape_is_refused(toy_run, cli, tmp_path):
     done = cli("sft", *words, "--init-from", folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{folder / 'adapter'}: the adapter does not belong to this model" in done.stderr
+
+
+def test_an_adapter_of_another_model_is_refused_before_anything_is_computed(toy_run, tmp_path):
+    for part in llm.tiny_model(seed=1):  # model and tokenizer
+        part.save_pretrained(tmp_path / "other")
+    run = with_prep(toy_run, tmp_path / "run")
+    with pytest.raises(UserError, match=r"was tuned on model tiny, not on .*other; take that one"):
+        run_stage("sft", run, "--model", tmp_path / "other", "--init-from", toy_run / "sft")
+    with pytest.raises(UserError, match=r"no finished sft folder \(manifest.json is missing\)"):
+        run_stage("sft", run, "--init-from", toy_run / "sft" / "adapter")
+    assert [path.name for path in run.iterdir()] == ["prep"]
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ def test_help_of_all_shows_the_knobs_of_every_stage(cli):
         (("all", "-o", "sft.rank_from=9", "-o", "sft.rank_to=9"), "rank_from 9 and rank_to 9 leave no rank"),
         (("all", "-o", "generate.min_similarity=0.5", "-o", "generate.max_similarity=0.2"), "0.5 is above max_similar"),
         (("all", "--methods", "hnlm_matched", "-o", "train.base_sampler=mixgcf"), "mixgcf makes vectors, not items"),
+        (("train", "--enhancer", "rlmrec_gen", "--backbone", "mf"), "which mf and 0 layers do not look at"),
         (("eval", "--preset", "toy", "--k", "0"), "'0': at least 1 is wanted"),
         (("eval", "--preset", "toy", "--k", ""), "'': at least one is wanted"),
         (("eval", "--preset", "toy", "--methods", ","), "',': at least one is wanted"),
@@ -71,6 +72,25 @@ def test_a_mistake_is_one_sentence_and_a_non_zero_exit(cli, tmp_path, words, sen
     done = cli(*words, cwd=tmp_path)
     assert done.returncode != 0 and sentence in done.stderr
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_file_too_tells_what_the_system_says(tmp_path):
+    for words in (("--run-dir", "x" * 300), ("--preset", "x" * 300)):
+        line = [sys.executable, str(stage_file("prep").resolve()), *words]
+        done = subprocess.run(
+            line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.returncode == 1 and "File name too long" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_losses_told_of_a_training_are_those_of_one_thread(cli, toy_run, tmp_path):
+    """The toy was trained with all cores; its mixture has more numbers in a sum than torch leaves to one thread."""
+    folder = shutil.copytree(toy_run, tmp_path / "run") / "train" / "hnlm" / "seed0"
+    shutil.rmtree(folder)
+    done = cli("train", "--preset", "toy", "--method", "hnlm", "--run-dir", tmp_path / "run", "--n-threads", 1)
+    assert done.returncode == 0, done.stderr
+    manifests = [load_json(run / "train" / "hnlm" / "seed0" / "manifest.json") for run in (toy_run, tmp_path / "run")]
+    assert manifests[0]["files"] == manifests[1]["files"]
 
 
 def test_a_run_without_test_items_is_refused_before_anything_is_trained(cli, tmp_path):
