@@ -31,7 +31,7 @@ def mine_triplets(
         items = rng.permutation(prep.train.row(u))[:pairs_per_user]
         if not (len(free) and len(items)):
             continue
-        scores = cf[1][free] @ cf[0][u]
+        scores = np.einsum("id,d->i", cf[1][free], cf[0][u])  # not by BLAS, whose digits vary with its threads
         if window:
             ranked = free[np.argsort(-scores, kind="stable")]
             low = min(window[0], len(ranked) - 1)

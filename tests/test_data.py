@@ -275,8 +275,8 @@ def test_later_rows_of_unseen_users_and_items_are_counted_and_an_empty_test_is_r
     """Cases A15, A16."""
     log = case_input("a09_split_unseen.csv")
     with pytest.raises(UserError, match=r"unseen users: 1, .*unseen items: 2, train: 4; choose another split"):
-        prepare(tmp_path / "a", log, split="time", test_from="1420070450")
-    done = prepare(tmp_path / "b", log, split="time", test_from="1420070404")
+        prepare(tmp_path / "a", log, split="time", test_from="1420070450", valid_ratio=0.0)
+    done = prepare(tmp_path / "b", log, split="time", test_from="1420070404", valid_ratio=0.0)
     assert done.pairs("train") == {("u1", "i1"), ("u1", "i2"), ("u2", "i1")} and done.pairs("test") == {("u2", "i2")}
     assert (done.user_keys, done.item_keys) == (["u1", "u2"], ["i1", "i2"])
     assert done.counts["rows"] == 7 == 3 + 1 + 3  # train, test, dropped

@@ -364,6 +364,7 @@ def test_a_question_refused_for_its_own_sake_fails_alone_and_is_not_tried_again(
     (tmp_path / "t.jsonl.part").write_text(kept, encoding="utf-8")
     replies = profiles.ask(["a", *["long"] * 9], [{}] * 10, path, answer, prompts.NEGATIVE_KEY)
     assert [r.text for r in replies] == ["kept", *[None] * 9]
+    path.unlink()
     with pytest.raises(UserError, match=r"no question of 9 was answered \(UserError: http.* refused the request: 400"):
         profiles.ask(["long"] * 9, [{}] * 9, path, answer, prompts.NEGATIVE_KEY)
     assert len((tmp_path / "t.jsonl.part").read_text(encoding="utf-8").splitlines()) == 2  # 2 * concurrency

@@ -144,7 +144,7 @@ def test_killed_and_started_again_gives_the_same_bytes(run_dir):
     expected = files(undisturbed)
     command = [sys.executable, str(stage_file("train")), "--preset", str(run_dir / "test.toml"), "--device", "cpu"]
     command += ["--run-dir", str(run_dir), "--method", "hnlm", *words]
-    (undisturbed / "manifest.json").unlink()
+    shutil.rmtree(undisturbed)
     process = subprocess.Popen(command)
     checkpoint = run_dir / "train" / "hnlm" / ".seed0.partial" / "checkpoint.safetensors"
     deadline = time.time() + 60
