@@ -5,7 +5,6 @@ by (user, item) before anything is drawn, so no result depends on the order of t
 """
 
 import html
-import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import polars as pl
 
 from hnlm_ref.artifacts import no_half_characters, resolve_path
 from hnlm_ref.console import UserError
-from hnlm_ref.readers import ITEM_ROLES, Bad, Layout, frames, item_frames, locate, sniff
+from hnlm_ref.readers import ITEM_ROLES, Bad, Layout, frames, item_frames, locate, sniff, value_of
 
 PARTS = ("train", "valid", "test")
 PROFILE_CHARS = 300  # of an item's text in its template profile
@@ -310,18 +309,18 @@ def clean_text(text: str) -> str:
 
 
 def flat_text(value: str | None) -> str:
-    """A field of an item file as text: a list in JSON, also a nested one, becomes its members joined by commas."""
+    """A field of an item file as text: a list of texts, also a nested one, becomes its members joined by commas.
+
+    It is written in JSON or, in a CSV file by pandas, in Python. "[2012]" is a text: a title may read so.
+    """
 
     def members(value: Any) -> list[str]:
         if isinstance(value, list):
             return [m for v in value for m in members(v)]
         return [] if value is None else [str(value)]
 
-    if value and value.startswith("["):
-        try:
-            return ", ".join(members(json.loads(value)))
-        except ValueError:
-            pass
+    if value and re.match(r"""\[\s*(['"[\]]|null|None)""", value) and isinstance(found := value_of(value), list):
+        return ", ".join(members(found))
     return value or ""
 
 
@@ -332,13 +331,14 @@ def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad,
     markup, is "" and counted (case A04). Rows of items outside the catalogue are left out and counted.
     """
     found: dict[str, dict] = {}
-    n_outside = 0
+    n_outside = n_known = 0
     for frame in item_frames(layout, bad) if layout else ():
         known = frame.join(pl.DataFrame({"item": keys}), on="item", how="semi", maintain_order="left")
-        n_outside += len(frame) - len(known)
+        n_outside, n_known = n_outside + len(frame) - len(known), n_known + len(known)
         for row in known.iter_rows(named=True):
             found.setdefault(row["item"], row)
     counts |= {"items without a row": len(keys) - len(found), "item rows outside the catalogue": n_outside}
+    counts |= {"item rows of an item that has one": n_known - len(found)}
     counts |= {"items without title": 0, "titles cleaned": 0, "items without text": 0, "texts cut": 0}
     records = []
     for n, key in enumerate(keys):
@@ -367,15 +367,20 @@ def read_users(train: Log, titles: list[str], n_titles: int) -> list[dict]:
     return [{"user": n, "key": key, "profile": p} for n, (key, p) in enumerate(zip(train.users, told, strict=True))]
 
 
-def read_reviews(layout: Layout, train: Log, max_chars: int) -> Iterator[dict]:
-    """Review texts of the training rows, sorted by (user, item); of two texts for one row the smaller stays."""
+def read_reviews(layout: Layout, train: Log, max_chars: int, min_rating: float | None) -> Iterator[dict]:
+    """Review texts of the training rows, sorted by (user, item); of two texts for one row the smaller stays.
+
+    min_rating  that of `clean`: a row it leaves out has no say, though its pair be there by another row
+    """
     pairs = pl.DataFrame({"user": train.users.gather(train.user), "item": train.items.gather(train.item)})
     pairs = pairs.with_columns(u=train.user, i=train.item)
     if train.time is not None:
         pairs = pairs.with_columns(time=train.time)
     on = [name for name in ("user", "item", "time") if name in pairs.columns]
     found = [
-        frame.join(pairs, on=on).select("u", "i", pl.col("text").str.slice(0, max_chars))
+        frame.filter(pl.col("rating").fill_null(np.inf) >= (-np.inf if min_rating is None else min_rating))
+        .join(pairs, on=on)
+        .select("u", "i", pl.col("text").str.slice(0, max_chars))
         for frame in frames(layout, Bad(skip=True), text=True)
     ]
     table = (

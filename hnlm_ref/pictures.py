@@ -17,16 +17,17 @@ def curves(name: str, series: Series, x_label: str, y_label: str, ticks: Sequenc
     """Lines, one colour and dash per label. With `ticks` x counts from 1 and every place has a name."""
 
     def draw(axes: Any) -> None:
-        for n, (label, found) in enumerate(series.items()):
+        lines: list[Any] = []
+        for n, found in enumerate(series.values()):
             style = {"color": f"{COLOUR}{n % N_COLOURS}", "linestyle": ("-", "--", ":", "-.")[n % 4], "linewidth": 1.5}
-            for m, (x, y) in enumerate(found):
-                axes.plot(x, y, **style, marker="o", markersize=2.5, label=label if m == 0 else None)
+            drawn = [axes.plot(x, y, **style, marker="o", markersize=2.5)[0] for x, y in found]
+            lines.append(drawn[0])
         axes.set(xlabel=x_label, ylabel=y_label)
         if ticks:
             axes.set_xticks(range(1, len(ticks) + 1), ticks)
         elif all(isinstance(place, int) for x, _ in found for place in x):
             axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.figure.legend(loc="outside lower center", ncols=3)
+        axes.figure.legend(lines, list(series), loc="outside lower center", ncols=3)
 
     told = []
     for label, found in series.items():

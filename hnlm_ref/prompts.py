@@ -86,7 +86,7 @@ class Reply:
     """What came of one question.
 
     status  ok | bad (no complete JSON object with a text under the key, or the question's own example repeated) |
-            no_negative (null, blank or "none") | is_positive (names the item that was given) | failed (no answer)
+            no_negative (null, blank, "none" or "null") | is_positive (names the item given) | failed (no answer)
     text    the answer if ok, else None: nothing ever stands in for a missing answer (cases D02, D20)
     raw     what the model wrote; why it did not, if failed
     """
@@ -118,7 +118,7 @@ def parse_reply(raw: str, key: str, positive_title: str | None = None) -> Reply:
     value = (value or "").strip()
     if any(f'"{key}": "{value}"'.lower() in asked.lower() for asked in (NEGATIVE, ITEM_PROFILE, USER_PROFILE)):
         return Reply("bad", None, raw)  # small models repeat the example: SmolLM2-135M did in most answers it completed
-    if value.lower() in ("", "none"):
+    if value.lower() in ("", "none", "null"):
         return Reply("no_negative", None, raw)
     if positive_title is not None and value.lower() == positive_title.strip().lower():
         return Reply("is_positive", None, raw)

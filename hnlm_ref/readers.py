@@ -12,15 +12,18 @@ import csv
 import gzip
 import itertools
 import json
+import math
 import re
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 
 from hnlm_ref.artifacts import no_half_characters
@@ -76,6 +79,7 @@ FORMATS = {
 }
 SEPARATORS = ("\t", "::", ",", ";", "|")  # looked for in this order; blanks last
 QUOTED = ("\t", ",", ";")  # separators beside which a field may stand in quotes
+PART = "\x1f"  # between the items of a history, whose names may hold blanks
 NO_HEADER = ("user", "item", "rating", "time")  # roles of columns without names, in a file of no format above
 
 # Files of the folders that data sets come in: log, item texts, validation and test part of a ready split.
@@ -145,11 +149,15 @@ def locate(path: Path) -> tuple[Path, *tuple[Path | None, ...]]:
     """Log, item texts, validation and test part of a folder with the file names of FOLDERS; a file is the log."""
     if not path.is_dir():
         return path, None, None, None
+    known: list[tuple[Any, Any, Any, Any]] = []
     for patterns in FOLDERS:
         found = [sorted(path.glob(pattern)) if pattern else [] for pattern in patterns]
         if len(found[0]) == 1 and (len(patterns) == 2 or found[3]):
-            return found[0][0], *(files[0] if files else None for files in [*found[1:], [], []][:3])
-    raise UserError(f"{path} is a folder in which no known log is found; name the file")
+            log, items, valid, test = (files[0] if files else None for files in [*found, [], []][:4])
+            known.append((log, items, valid, test))
+    if not known:
+        raise UserError(f"{path} is a folder in which no known log is found; name the file")
+    return next((files for files in known if files[1]), known[0])  # one with item texts, if there is one
 
 
 def _open(path: Path) -> tuple[Any, bool]:
@@ -219,7 +227,7 @@ def sniff(
             first = query.head(1000).collect()
         names, records, header, sep, encoding = tuple(first.columns), first.to_dicts(), True, "", "utf-8"
     elif kind == "json":
-        records = [record for line in lines[:200] if (record := _record(line)) is not None]
+        records = [record for line in lines if (record := _record(line)) is not None]
         names, header, sep = tuple(dict.fromkeys(key for record in records for key in record)), True, ""
     else:
         sep = sep.replace("\\t", "\t") if sep else wanted_sep or _separator(lines)
@@ -239,7 +247,8 @@ def sniff(
         order = order[: 2 if sep == "|" else None]  # MovieLens u.item: number, title, dates
         columns = [f"{role}={n + 1}" for n, role in enumerate(order[: len(names)])]
     found = _roles(names, columns, roles, path)
-    quoted = sep in (",", ";") or (sep == "\t" and re.search(r'(^|\t)"[^\t\n]*"(\t|\r?$)', text, re.M))
+    quoted = format != "recbole" and (sep in (",", ";") or (sep == "\t" and _has_quotes(path)))
+    quote = '"' if quoted else None
     guessed = time_unit == "auto"
     unit = _unit([str(r.get(found["time"], "")) for r in records], time_unit) if "time" in found else None
     if "history" in found:
@@ -247,21 +256,49 @@ def sniff(
     elif "line" in found:  # lines that are all sorted by item tell no order in time
         chains = [line.split()[1:] for line in lines]
         unit = None if all(c in (sorted(c), sorted(c, key=_as_number)) for c in chains) and guessed else "order"
-    quote = '"' if quoted and format != "recbole" else None
     return Layout(path, format, kind, found, sep, quote, header, names, encoding, gzipped, unit, guessed)
 
 
-def _record(line: str) -> dict | None:
-    """One line as a record: JSON, or the Python literal of Amazon's 2014 files; None if it is neither."""
+def _has_quotes(path: Path) -> bool:
+    """Whether a field between tabs stands in quotes, anywhere in the file: pandas quotes only where it must."""
+    field = re.compile(rb'(^|\t)"[^\t\n]*"(\t|\r?$)', re.M)
+    with _open(path)[0] as file:
+        return any(b'"' in chunk and field.search(chunk) for chunk in iter(lambda: _read(file, path, BLOCK), b""))
+
+
+def value_of(text: str) -> Any:
+    """What JSON says, or else a Python literal; None if it is neither."""
     for parse in (json.loads, ast.literal_eval):
         unreadable = contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
         with unreadable, warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
-            record = parse(line)
-            if re.search(r"\\u[dD]", line):
-                record = json.loads(no_half_characters(json.dumps(record, ensure_ascii=False)))
-            return record if isinstance(record, dict) else None
+            value = parse(text)
+            if re.search(r"\\u[dD]", text):
+                value = json.loads(no_half_characters(json.dumps(value, ensure_ascii=False)))
+            return value
     return None
+
+
+def _record(line: str) -> dict | None:
+    """One line as a record: JSON, or the Python literal of Amazon's 2014 files; None if it is neither."""
+    return record if isinstance(record := value_of(line), dict) else None
+
+
+def _text(value: Any) -> str | None:
+    """A value of a record as Polars writes it: numbers in full, whole ones without a fraction."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{Decimal(repr(value)):f}".removesuffix(".0")
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _members(text: str) -> str:
+    """The items of a list, parted by PART: one in JSON or Python, or as numpy prints it, without commas."""
+    items = None if re.search(r"""['"]\s+['"]""", text) else value_of(text)  # Python would join 'a' 'b'
+    if not isinstance(items, list):
+        items = ["".join(found) for found in re.findall(r"""'([^']*)'|"([^"]*)"|([^\s,\[\]'"]+)""", text)]
+    return PART.join(str(_text(item)) for item in items if item is not None)
 
 
 def _fields(lines: Iterable[str], sep: str, quote: bool, strict: bool = False) -> Any:
@@ -360,6 +397,24 @@ def _date(text: pl.Expr) -> pl.Expr:
     return pl.coalesce(p.dt.replace_time_zone(None) for p in parsed).dt.timestamp("us") / 1e6
 
 
+def _open_quote(data: bytes, sep: str) -> int | None:
+    """Place of the quote that opens a field and is not closed; None without one. Others stand for themselves."""
+    if b'"' not in data:
+        return None
+    code = np.frombuffer(b"\n" + data + b"\n", np.uint8)
+    quotes = np.flatnonzero(code == ord('"'))
+    before, after = code[quotes[::2] - 1], code[quotes[1::2] + 1]
+    if np.isin(before, list(b'\n"' + sep.encode())).all() and np.isin(after, list(b'\r\n"' + sep.encode())).all():
+        # Every other quote opens a field or is a doubled one's second, and the rest are their fellows.
+        return int(quotes[::2][before != ord('"')][-1] - 1) if len(quotes) % 2 else None
+    field, place = re.compile(rb'(?:^|(?<=[\n%b]))"([^"]*(?:""[^"]*)*"(?!"))?' % re.escape(sep.encode())), 0
+    while found := field.search(data, place):
+        if found[1] is None:
+            return found.start()
+        place = found.end()
+    return None
+
+
 def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]]:
     """(number of the first line, UTF-8 bytes of whole records without mark and header); of Parquet frames."""
     line, rest, path = 1, b"", layout.path
@@ -367,9 +422,9 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
         with _parquet(path) as query:
             query = query.select(columns.values()).cast({pl.Binary: pl.String, pl.Duration: pl.String})
             for frame in query.collect_batches(maintain_order=True):
-                if any(kind.is_nested() for kind in frame.dtypes):  # a list is told as the JSON formats tell it
-                    texts = dict.fromkeys(frame.columns, pl.String)
-                    frame = pl.read_ndjson(frame.write_ndjson().encode(), schema=texts)
+                if nested := [name for name, kind in frame.schema.items() if kind.is_nested()]:
+                    lists = frame.select(nested).write_ndjson().encode()  # told as the JSON formats tell them
+                    frame = frame.with_columns(pl.read_ndjson(lists, schema=dict.fromkeys(nested, pl.String)))
                 yield line, frame
                 line += len(frame)
         return
@@ -383,8 +438,8 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
                 raise UserError(f"{path}: after line {line}: {error}; name another --encoding") from error
             data = data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data
             cut = data.rfind(b"\n") + 1 if chunk else len(data)
-            if chunk and layout.quote and data.count(b'"', 0, cut) % 2:  # the cut lies inside a quoted field
-                cut = data.rfind(b"\n", 0, data.rfind(b'"', 0, cut)) + 1
+            if chunk and layout.quote and (opened := _open_quote(data[:cut], layout.sep)) is not None:
+                cut = data.rfind(b"\n", 0, opened) + 1  # it would lie inside a quoted field
             block, rest = data[:cut], data[cut:]
             first, line = line, line + block.count(b"\n")
             if first == 1 and block and layout.kind == "delimited" and layout.header:
@@ -409,11 +464,14 @@ def _parse(data: Any, layout: Layout, columns: list[str]) -> pl.DataFrame:
     sep = layout.sep
     if sep == " ":
         data, sep = b"\n".join(b"\t".join(line.split()) for line in data.split(b"\n")), "\t"
-    elif sep == "::":
-        data, sep = data.replace(b"::", b"\t"), "\t"
+    elif len(sep.encode()) > 1:
+        data, sep = data.replace(sep.encode(), b"\t"), "\t"
     options: dict[str, Any] = {"separator": "\0" if sep == "\n" else sep, "quote_char": layout.quote}
     frame = pl.read_csv(data, has_header=False, schema=dict.fromkeys(layout.names, pl.String), **options)
-    return frame.select(columns).filter(~pl.all_horizontal(pl.all().is_null()))  # blank lines
+    frame, n_rows = frame.select(columns).filter(~pl.all_horizontal(pl.all().is_null())), len(frame)  # blank lines
+    if len(frame) < n_rows - sum(not row.strip() for row in data.removesuffix(b"\n").split(b"\n")):
+        raise pl.exceptions.ComputeError("rows of empty fields")
+    return frame
 
 
 def _walk(data: Any, layout: Layout, columns: list[str], line: int, bad: Bad) -> tuple[pl.DataFrame, list[int]]:
@@ -444,7 +502,7 @@ def _walk(data: Any, layout: Layout, columns: list[str], line: int, bad: Bad) ->
                     raise ValueError(f"{len(fields)} fields where {len(layout.names)} are named")
                 found = dict(zip(layout.names, fields, strict=False))
             row = map(found.get, columns)
-            rows.append([v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in row])
+            rows.append([_text(value) for value in row])
             lines.append(line + first)
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02X} at place {error.start + 1} is no UTF-8"
@@ -491,36 +549,46 @@ def frames(layout: Layout, bad: Bad, text: bool = False) -> Iterator[pl.DataFram
         bad.n_trimmed += int(frame["trimmed"].sum())
         frame = frame.drop("trimmed")
         if {"history", "line"} & set(layout.columns):
-            frame = frame.with_columns(pl.col("item").str.extract_all(r"\S+")).explode("item").drop_nulls("item")
+            frame = frame.with_columns(pl.col("item").str.split(PART)).explode("item")
+            frame = frame.with_columns(pl.col("item").str.strip_chars()).filter(pl.col("item") != "")
             if layout.unit:
                 frame = frame.with_columns(time=pl.int_range(n_rows, n_rows + pl.len()).cast(pl.Float64))
         n_rows += len(frame)
         yield frame
 
 
+def _id(frame: pl.DataFrame, role: str) -> pl.Expr:
+    """An id as text: a whole number held as a float (pandas does so beside a gap) without its fraction, as in JSON."""
+    text = pl.col(role).cast(pl.String)
+    return text.str.replace(r"\.0$", "") if frame[role].dtype.is_float() else text
+
+
 def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     """Ids trimmed, numbers and dates parsed; `trimmed`: an id had blanks; `why`: what is wrong with a row, or null."""
     if "line" in frame.columns:  # user item item ...
         line = pl.col("line")
-        frame = frame.select(user=line.str.extract(r"(\S+)"), item=line.str.replace(r"\S+", "").str.strip_chars())
+        items = line.str.replace(r"\S+", "").str.strip_chars().str.replace_all(r"\s+", PART)
+        frame = frame.select(user=line.str.extract(r"(\S+)"), item=items)
     elif "history" in frame.columns:  # the list (RecBole's "a b", or a Python list), then the target; ratings are its
-        past = pl.col("history").str.replace_all(r"^\[|[',\"]+\s*[',\"]*|\]$", " ")
-        past = pl.when(pl.col("history").str.starts_with("[")).then(past).otherwise("history")
+        told = pl.col("history").cast(pl.String).str.strip_chars()
+        listed, plain = told.map_elements(_members, pl.String), told.str.replace_all(r"\s+", PART)
+        past = pl.when(told.str.starts_with("[")).then(listed).otherwise(plain)
         target = [pl.col("item")] if "item" in frame.columns else []
-        item = pl.concat_str(past, *target, separator=" ", ignore_nulls=True).str.strip_chars()
-        frame = frame.select("user", item=item)
+        frame = frame.select("user", item=pl.concat_str(past, *target, separator=PART, ignore_nulls=True))
     whys: list[Any] = []
-    ids = {role: pl.col(role).cast(pl.String).str.strip_chars() for role in ("user", "item")}
+    raw_ids = {role: _id(frame, role) for role in ("user", "item")}
+    ids = {role: value.str.strip_chars() for role, value in raw_ids.items()}
     for role, value in ids.items():
         if role == "user" or not {"line", "history"} & set(layout.columns):
             whys.append(pl.when(value.fill_null("") == "").then(pl.lit(f"no {role}")))
     values: dict[str, pl.Expr] = dict.fromkeys(("rating", "time"), pl.lit(None, pl.Float64))
     for role in (role for role in ("rating", "time") if role in frame.columns):
-        raw, value, wanted = pl.col(role).cast(pl.String), pl.col(role).cast(pl.Float64, strict=False), "number"
+        raw, wanted = pl.col(role).cast(pl.String).str.strip_chars(), "number"
+        value = (raw if frame[role].dtype == pl.String else pl.col(role)).cast(pl.Float64, strict=False)
         if role == "time" and layout.unit == "date":
             parsed, wanted = frame["time"].dtype in (pl.Date, pl.Datetime), "date"
             value = pl.col("time").dt.timestamp("us") / 1e6 if parsed else _date(raw)
-        whys.append(pl.when(raw.fill_null("").str.strip_chars() == "").then(pl.lit(f"no {role}")))
+        whys.append(pl.when(raw.fill_null("") == "").then(pl.lit(f"no {role}")))
         fault = pl.format(f"{role} '{{}}' is no {wanted}", raw.str.slice(0, 80))
         whys.append(pl.when(~value.is_finite().fill_null(False)).then(fault))
         if role == "time" and layout.guessed and layout.unit in UNITS:
@@ -528,7 +596,7 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
             fault = pl.format(f"time {{}} cannot be in {layout.unit} as the first one is (or name --time-unit)", raw)
             whys.append(pl.when(~value.abs().is_between(low, high, "left")).then(fault))
         values[role] = value
-    trimmed = pl.any_horizontal(value != pl.col(role).cast(pl.String) for role, value in ids.items())
+    trimmed = pl.any_horizontal(value != raw_ids[role] for role, value in ids.items())
     texts = {"text": pl.col("text")} if "text" in frame.columns else {}
     return frame.select(**ids, **values, **texts, trimmed=trimmed, why=pl.coalesce(whys))
 
@@ -537,6 +605,7 @@ def item_frames(layout: Layout, bad: Bad) -> Iterator[pl.DataFrame]:
     """Rows of an item file: the columns of ITEM_ROLES it has, as text; lists stand as JSON. `item` is trimmed."""
 
     def check(frame: pl.DataFrame) -> pl.DataFrame:
-        return frame.cast(pl.String).with_columns(pl.col("item").str.strip_chars(), why=pl.lit(None, pl.String))
+        item = _id(frame, "item").str.strip_chars()
+        return frame.with_columns(item).cast(pl.String).with_columns(why=pl.lit(None, pl.String))
 
     return _tables(layout, ITEM_ROLES, bad, check)

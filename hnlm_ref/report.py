@@ -288,7 +288,7 @@ def _made(view: View) -> str:
     blocks = ""
     for name, manifest in manifests.items():
         told = {key: manifest[key] for key in ("seed", "knobs", "counts", "timing", "fingerprint", "versions")}
-        blocks += f"<h3>{name}</h3><pre>{html.escape(json.dumps(told, ensure_ascii=False))}</pre>"
+        blocks += f"<h3>{html.escape(name)}</h3><pre>{html.escape(json.dumps(told, ensure_ascii=False))}</pre>"
     name = html.escape(view.name)
     return f"<details class=card><summary>{name}: knobs, counts and seconds of every stage</summary>{blocks}</details>"
 

@@ -115,7 +115,7 @@ impl<'a> Batch<'a> {
 
     pub fn draw(&self, kernel: &Kernel, out: &mut [i32]) -> Result<()> {
         check_users(self.users, self.csr.n_rows())?;
-        if self.n_negatives == 0 {
+        if out.is_empty() {
             return Ok(());
         }
         let rows_per_task = DRAWS_PER_TASK.div_ceil(self.n_negatives);

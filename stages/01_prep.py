@@ -130,7 +130,7 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     test = Csr.from_pairs(log.user[part == 2], log.item[part == 2], len(users), len(items))
     reviews = []
     if cfg.review_chars and "text" in layouts[0].columns:
-        reviews = data.read_reviews(layouts[0], train, cfg.review_chars)
+        reviews = data.read_reviews(layouts[0], train, cfg.review_chars, None if layouts[2] else cfg.min_rating)
     if cfg.profiles == "llm":
         reviews = list(reviews)
         counts |= write_profiles(cfg, made, reviews, cfg.profile_model, run)

@@ -179,7 +179,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
             length = losses.total(item_emb.detach().norm(dim=1)) / prep.n_items
             e_hard = functional.normalize(e_hard) * length
             if cfg.adapter_grad == "anchored":
-                nearest = generated.matches_of(batch.rows[has])[0][:, 0]  # [P], -1: no match
+                nearest = generated.matches_of(batch.rows[has])[0][:, 0]  # [P], -1: none, or refused by the guard
                 target = item_emb[nearest[nearest >= 0]]
                 terms["anchor"] = losses.anchor_loss(e_hard[nearest >= 0], target)
                 total, e_hard = terms["anchor"], e_hard.detach()

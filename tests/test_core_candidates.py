@@ -52,6 +52,13 @@ def test_filtered_candidates_equal_the_twin(seed):
         assert np.array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("n", [2**40, 2**60])
+def test_nobody_gets_any_number_of_draws(n):
+    nobody = np.zeros(1, np.int64), np.empty(0, np.int32)
+    assert _core.sample_uniform(*nobody, 5, np.empty(0, np.int32), n, 0).shape == (0, n)
+    assert _core.sample_popularity(*nobody, np.ones(5), np.empty(0, np.int32), n, 0).shape == (0, n)
+
+
 def test_no_draw_is_a_known_positive_and_free_items_come_up_equally():
     """Case B03: 50 users, 40 items; each free item within five standard deviations of its share."""
     rng = np.random.default_rng(0)

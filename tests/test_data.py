@@ -369,6 +369,9 @@ def test_markup_is_cleaned_and_comparisons_are_left(raw, clean):
         ('["a", null]', "a"),
         ("[null]", ""),
         ("[Box] of cups", "[Box] of cups"),
+        ("['Crime', 'Drama']", "Crime, Drama"),  # Python's, as pandas writes it
+        ("[2012]", "[2012]"),  # a title
+        ("['un", "['un"),
         ('{"a": ["b"]}', '{"a": ["b"]}'),
         (None, ""),
     ],
@@ -418,6 +421,19 @@ def test_reviews_are_those_of_the_rows_that_stay_cut_and_the_smaller_of_two(tmp_
         prepare(tmp_path, log, review_chars=4, columns=("time=",), test_file=test_file)
         assert load_jsonl(tmp_path / "reviews.jsonl") == [{**taken[0], "text": "x"}, taken[1]]
     assert not (prepare(tmp_path / "none", log).folder / "reviews.jsonl").exists()
+
+
+def test_a_row_below_min_rating_gives_no_review_to_the_row_that_stays(tmp_path):
+    prepare(tmp_path, "user,item,rating,text\nu,a,1,bad\nu,a,5,good\nu,b,5,fine\n", min_rating=4, review_chars=9)
+    assert [review["text"] for review in load_jsonl(tmp_path / "reviews.jsonl")] == ["good", "fine"]
+
+
+def test_a_second_row_of_an_item_is_counted(tmp_path):
+    (tmp_path / "items.csv").write_text("item,title\na,A\nb,B\na,other\nz,Z\n", encoding="utf-8")
+    done = prepare(tmp_path, "user,item\nu,a\nu,b\n", items=str(tmp_path / "items.csv"))
+    assert [item["title"] for item in done.items] == ["A", "B"] and done.counts[
+        "item rows of an item that has one"
+    ] == 1
 
 
 def test_an_empty_review_is_none_in_every_format_and_beside_a_bad_row(tmp_path):

@@ -32,6 +32,7 @@ CLEAN = '{"hard_negative_item": "Orbit Chess Set", "reasoning": "r"}'
         # and others of their kinds
         ('{"hard_negative_item": "  galaxy CHESS set "}', "is_positive", None),
         ('{"hard_negative_item": " nOnE "}', "no_negative", None),
+        ('{"hard_negative_item": "null"}', "no_negative", None),
         ('{"hard_negative_item": 7}', "bad", None),
         ('{"hard_negative_item": false}', "bad", None),
         ('{"title": "x"} then {"hard_negative_item": "B"}', "ok", "B"),

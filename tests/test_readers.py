@@ -1,6 +1,8 @@
 """Every format against counts worked out elsewhere, and every kind of broken file by its sentence."""
 
+import csv
 import gzip
+import io
 import json
 import os
 import shutil
@@ -176,6 +178,7 @@ def test_movielens_100k_and_1m_folders_with_their_latin_1_titles(tmp_path):
         ["ratings.csv", "movies.csv", "", ""],
         ["yelp_academic_dataset_review.json", "yelp_academic_dataset_business.json", "", ""],
         ["Toys_5.json.gz", "meta_Toys.json.gz", "", ""],
+        ["reviews_Toys_5.json.gz", "meta_Toys.json.gz", "", ""],
         ["trainset.txt", "", "", "testset.txt"],
         ["train.txt", "", "valid.txt", "test.txt"],
     ],
@@ -241,6 +244,95 @@ def test_parquet_with_lists_of_items_and_of_texts(tmp_path):
     done = prepare(tmp_path / "run", tmp_path / "log", items=str(tmp_path / "items"))
     assert done.pairs() == {("v", "ä"), ("v", "2"), ("u", "3")} and not done.counts["rows with blanks around an id"]
     assert (done.items[2]["title"], done.items[2]["text"]) == ('T, U "1"', "A, B")
+
+
+@pytest.mark.parametrize("bad", ["", '\n{"user": 9, "item": 9, "rating": "x"}'], ids=["as a block", "row by row"])
+def test_a_whole_number_held_as_a_float_is_the_id_of_the_whole_number(tmp_path, bad):
+    """pandas writes floats where a column has a gap; what stands in quotes is a text as it is."""
+    log = '{"user": 7.0, "item": 3.0, "rating": 5.0}\n{"user": "7.0", "item": 3, "rating": 4.5}' + bad
+    (tmp_path / "log.json").write_text(log, encoding="utf-8")
+    pl.DataFrame({"user": [7.0, 8.0], "item": [3.0, 3.0]}).write_parquet(tmp_path / "log.parquet")
+    for name, users in (("log.json", ["7", "7.0"]), ("log.parquet", ["7", "8"])):
+        found = pl.concat(readers.frames(readers.sniff(tmp_path / name), readers.Bad(skip=True)))
+        assert (found["user"].to_list(), found["item"].to_list()) == (users, ["3", "3"])
+    pl.DataFrame({"item": [3.0], "price": [1.5], "categories": [["A"]]}).write_parquet(tmp_path / "items.parquet")
+    layout = readers.sniff(tmp_path / "items.parquet", roles=readers.ITEM_ROLES)
+    assert pl.concat(readers.item_frames(layout, readers.Bad())).rows() == [("3", '["A"]')]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"user": "u", "item_id_list": ["a b", "it\'s"], "item": "d e"}\n',
+        'user,item_id_list,item\nu,"[\'a b\', ""it\'s""]",d e\n',
+        'user,item_id_list,item\nu,"[\'a b\' ""it\'s""]",d e\n',
+    ],
+    ids=["json", "python", "numpy"],
+)
+def test_items_of_a_list_keep_their_blanks(tmp_path, text):
+    (tmp_path / "log").write_text(text, encoding="utf-8")
+    found = pl.concat(readers.frames(readers.sniff(tmp_path / "log"), readers.Bad()))
+    assert found["item"].to_list() == ["a b", "it's", "d e"]
+
+
+def test_a_column_and_a_quote_far_down_in_the_beginning_and_behind_it_are_seen(tmp_path, monkeypatch):
+    rows = [json.dumps({"item": n}) for n in range(300)]
+    (tmp_path / "items").write_text("\n".join([*rows, '{"item": "i", "title": "T"}']), encoding="utf-8")
+    assert "title" in readers.sniff(tmp_path / "items", roles=readers.ITEM_ROLES).columns
+    monkeypatch.setattr(readers, "HEAD", 16)
+    (tmp_path / "log").write_text("user\titem\nu\ta\n" * 9 + 'u\t"12"" disc"\n', encoding="utf-8")
+    found = pl.concat(readers.frames(readers.sniff(tmp_path / "log"), readers.Bad()))
+    assert found["item"][-1] == '12" disc'
+
+
+@pytest.mark.parametrize("sep", ["||", "§", "\t\t", "::"])
+def test_a_separator_may_have_several_bytes(tmp_path, sep):
+    (tmp_path / "log").write_text(f"u{sep}a{sep}5\nv{sep}b{sep} 4\n", encoding="utf-8")
+    found = pl.concat(readers.frames(readers.sniff(tmp_path / "log", sep=sep, header=False), readers.Bad()))
+    assert found.select("user", "item", "rating").rows() == [("u", "a", 5.0), ("v", "b", 4.0)]
+
+
+def test_a_row_of_empty_fields_is_no_blank_line(tmp_path):
+    (tmp_path / "log.csv").write_text("user,item,time\nu,a,1\n\n,,\nv,b,2\n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 4: no user"):
+        list(readers.frames(readers.sniff(tmp_path / "log.csv"), readers.Bad()))
+
+
+@pytest.mark.parametrize("size", [20, 64, 1 << 20])
+def test_a_lone_quote_within_a_field_leaves_the_others_as_they_are(tmp_path, monkeypatch, size):
+    """One at the end of a field looks like a closing one; Python's csv says what is right."""
+    some = 'u,a,12" disc\nu,b,"two\nlines"\nu,c,5"\nu,d,"a ""b"", c\n"\nu,e,""\n'
+    text = "user,item,text\n" + 40 * some
+    (tmp_path / "log.csv").write_text(text, encoding="utf-8")
+    layout, bad = readers.sniff(tmp_path / "log.csv"), readers.Bad()
+    monkeypatch.setattr(readers, "BLOCK", size)
+    found = pl.concat(readers.frames(layout, bad, text=True))
+    expected = list(csv.reader(io.StringIO(text)))[1:]
+    assert [list(row) for row in found.select("user", "item", pl.col("text").fill_null("")).rows()] == expected
+    assert len(list(readers._blocks(layout, {}))) > (len(text) // 100 if size < 100 else 0)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", '"x"', '"x\ny"', '"p ""q"" r\nz"', '5"', 'a"b', '""', '"a, b"', '"\n""\n"', "\n"])),
+    st.integers(0, 40),
+)
+def test_the_quote_that_is_open_at_the_end_is_found_as_one_walks(fields, lost):
+    data = ",".join(fields).encode()
+    data = data[: len(data) - lost].rstrip(b'"')  # whether one at the very end closes a field is not known yet
+    opened, at, begins = None, 0, True
+    while at < len(data):
+        letter, begun = data[at : at + 1], begins
+        begins = opened is None and letter in b",\n"
+        if letter == b'"' and opened is not None:
+            if data[at + 1 : at + 2] == b'"':
+                at += 1
+            else:
+                opened = None
+        elif letter == b'"' and begun:
+            opened = at
+        at += 1
+    assert readers._open_quote(data, ",") == opened
 
 
 def test_a_spreadsheet_export_in_utf_16_and_quoted_line_breaks(tmp_path):

@@ -285,6 +285,10 @@ def test_the_explorer_opens_at_a_user_with_a_match_and_holds_those_with_pairs_if
 def test_every_stage_is_folded_away_with_its_knobs_and_without_markup(toy_run):
     view = View(toy_run)
     view.name = "<run>"
+    view.stages["<img>"] = view.stages["prep"]
+    text = report._made(view)
+    assert "<img>" not in text and "<h3>&lt;img&gt;</h3>" in text
+    del view.stages["<img>"]
     text = report._made(view)
     assert re.findall(r"<h3>(.*?)</h3>", text) == [
         "prep",
@@ -383,6 +387,11 @@ def test_a_run_that_has_changed_since_its_evaluation_is_refused(toy_run, tmp_pat
         done = cli(*words, cwd=tmp_path)
         assert done.returncode == 1 and f"eval was made from {stage} {manifest['fingerprint']}, but" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_name_in_the_legend_may_begin_with_a_dash_below():
+    svg = pictures.curves("x", {"_a": [([1], [0.5])], "b": [([1], [0.25]), ([1], [0.3])]}, "epoch", "ndcg")
+    assert re.findall(r">(_a|b)</text>", svg) == ["_a", "b"]
 
 
 def test_a_picture_takes_its_colours_from_the_page_and_tells_its_numbers():
