@@ -247,7 +247,7 @@ def sniff(
         order = order[: 2 if sep == "|" else None]  # MovieLens u.item: number, title, dates
         columns = [f"{role}={n + 1}" for n, role in enumerate(order[: len(names)])]
     found = _roles(names, columns, roles, path)
-    quoted = format != "recbole" and (sep in (",", ";") or (sep == "\t" and _has_quotes(path)))
+    quoted = format != "recbole" and (sep in (",", ";") or (sep == "\t" and _has_quotes(path, encoding)))
     quote = '"' if quoted else None
     guessed = time_unit == "auto"
     unit = _unit([str(r.get(found["time"], "")) for r in records], time_unit) if "time" in found else None
@@ -259,11 +259,13 @@ def sniff(
     return Layout(path, format, kind, found, sep, quote, header, names, encoding, gzipped, unit, guessed)
 
 
-def _has_quotes(path: Path) -> bool:
+def _has_quotes(path: Path, encoding: str) -> bool:
     """Whether a field between tabs stands in quotes, anywhere in the file: pandas quotes only where it must."""
-    field = re.compile(rb'(^|\t)"[^\t\n]*"(\t|\r?$)', re.M)
+    field = re.compile(r'(^|\t)"[^\t\n]*"(\t|\r?$)', re.M)
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
     with _open(path)[0] as file:
-        return any(b'"' in chunk and field.search(chunk) for chunk in iter(lambda: _read(file, path, BLOCK), b""))
+        texts = map(decoder.decode, iter(lambda: _read(file, path, BLOCK), b""))
+        return any('"' in text and field.search(text) for text in texts)
 
 
 def value_of(text: str) -> Any:
@@ -468,9 +470,9 @@ def _parse(data: Any, layout: Layout, columns: list[str]) -> pl.DataFrame:
         data, sep = data.replace(sep.encode(), b"\t"), "\t"
     options: dict[str, Any] = {"separator": "\0" if sep == "\n" else sep, "quote_char": layout.quote}
     frame = pl.read_csv(data, has_header=False, schema=dict.fromkeys(layout.names, pl.String), **options)
-    frame, n_rows = frame.select(columns).filter(~pl.all_horizontal(pl.all().is_null())), len(frame)  # blank lines
-    if len(frame) < n_rows - sum(not row.strip() for row in data.removesuffix(b"\n").split(b"\n")):
-        raise pl.exceptions.ComputeError("rows of empty fields")
+    frame, n_rows = frame.select(columns).filter(~pl.all_horizontal(pl.all().is_null())), len(frame)
+    if (n_empty := n_rows - len(frame)) and n_empty > sum(not line.strip() for line in data.split(b"\n")[:-1]):
+        raise pl.exceptions.ComputeError("rows of empty fields, not blank lines alone")
     return frame
 
 
