@@ -12,16 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnlm_ref.artifacts import (
-    Run,
-    file_fingerprint,
-    load_json,
-    load_npy,
-    own_share,
-    resolve_path,
-    save_jsonl,
-    save_npy,
-)
+from hnlm_ref.artifacts import Run, file_fingerprint, load_json, load_npy, own_share, resolve_path, save_jsonl, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import knob, stage_command
 
