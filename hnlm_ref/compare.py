@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,15 @@ def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
     Choice: memory is not estimated beforehand; `n_jobs` is the user's, and what is finished is kept.
     """
     with ThreadPoolExecutor(n_jobs) as pool:
-        for done in pool.map(subprocess.run, commands):  # left by an error, it cancels what has not begun
-            if done.returncode == -9:  # the system's way to say that memory is full
-                raise UserError(f"a training was killed, perhaps for want of memory; lower --n-jobs, now {n_jobs}")
-            if done.returncode:
-                raise SystemExit(done.returncode)
+        try:
+            for future in as_completed([pool.submit(subprocess.run, command) for command in commands]):
+                code = future.result().returncode
+                if code == -9:  # the system's way to say that memory is full
+                    raise UserError(f"a training was killed, perhaps for want of memory; lower --n-jobs, now {n_jobs}")
+                if code:
+                    raise SystemExit(code)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def compare(
@@ -62,7 +66,7 @@ def compare(
     stages     the commands of "train" and "eval"
     backbones  each method is tuned and trained with each of them; none: with what the preset says
     n_jobs     trainings at a time, the threads shared out among them; no result depends on it
-    Raises UserError for a setting that cannot be trained, before anything runs.
+    Raises UserError for a setting that cannot be trained, also for want of a stage it reads, before anything runs.
     """
     grids: dict[str, dict] = tables.get("grid", {})
     asked = [*run.methods, *tables.get("run", {}).get("methods", ())]  # --methods may ask for some of the preset's only
@@ -85,14 +89,17 @@ def compare(
         for method in run.methods
     }
     every = [variant for variants in tried.values() for variant in variants]
+    configs: list[Any] = []
     for variant in every:
-        stages["train"].configure(tables, ("[grid]", {"method": variant}))
+        configs.append(stages["train"].configure(tables, ("[grid]", {"method": variant})))
         if every.count(variant) > 1:
             raise UserError(f"preset [grid]: {variant} is there twice")
     if len(every) > len(tried) and not run.manifest("prep")["counts"]["valid"]:
         raise UserError(f"{run.dir / 'prep'} has no validation part to choose settings on; run prep with a valid_ratio")
     if len({len(variants) for variants in tried.values()}) > 1:
         say("the tuning budgets differ: " + ", ".join(f"{m} {len(vs)} settings" for m, vs in tried.items()))
+    for stage in {stage: None for cfg in configs for stage in stages["train"].reads(cfg, run)}:
+        run.folder(stage)
     run.check_test()
     run_stages((train(variant, run.seed) for variant in every), n_jobs)
 

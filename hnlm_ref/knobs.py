@@ -62,7 +62,7 @@ def cast(kind: Any, value: Any) -> Any:
     if kind is bool and isinstance(value, str):
         value = {"true": True, "false": False}.get(value.lower(), value)
     elif kind in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(value)
     if type(value) is not kind or value != value or value in (float("inf"), -float("inf")):
         raise ValueError(f"{words[kind]} is wanted")
@@ -153,6 +153,8 @@ def method_knobs(tables: dict[str, dict], method: str) -> dict:
             f"method {method!r}: the name becomes a folder, so it may hold no slash and not begin with a dot"
         )
     name, *changes = method.split("@")
+    if name == "generated":
+        raise UserError(f"method {method!r}: so stage 3's own negatives are called in the results; take another name")
     found = tables.get("methods", {}).get(name, {"sampler": name}) | dict(c.partition("=")[::2] for c in changes)
     if "method" in found:
         raise UserError(f"method {method!r}: its table and its grid may not set method, which is its name")
@@ -217,7 +219,7 @@ def open_run(preset: str | None, quiet: bool, params: dict) -> tuple[dict[str, d
     tables = load_preset(preset)
     shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params))
     name = Path(preset).stem if preset else "custom"
-    folder = Path(shared.run_dir.replace("{preset}", name))
+    folder = Path(os.path.expanduser(shared.run_dir.replace("{preset}", name)))  # noqa: PTH111  (see resolve_path)
     methods = tuple(dict.fromkeys(shared.methods))
     for method in methods:
         method_knobs(tables, method)  # refuses a name that cannot be a folder
@@ -247,8 +249,11 @@ class StageCommand(click.Command):
         layers = [(f"preset [{self.stage}]", tables.get(self.stage, {}))]
         if self.stage == "train":
             method = typed[1].get("method") or tables.get("train", {}).get("method") or "uniform"
-            knobs = {"method": method, **method_knobs(tables, method)}
-            known = method.partition("@")[0] in tables.get("methods", {})
+            knobs, name = {"method": method, **method_knobs(tables, method)}, method.partition("@")[0]
+            samplers = next(f.metadata["choices"] for f in dataclasses.fields(self.config) if f.name == "sampler")
+            if name in samplers:  # a table that changes a knob of dns alone is one of dns
+                knobs.setdefault("sampler", name)
+            known = name in tables.get("methods", {})
             where = f"preset [methods.{method}]" if known else f"method {method!r}, which has no table in a preset"
             layers.append((where, {k: v for k, v in knobs.items() if k not in typed[1]}))
         return resolve(self.config, *layers, typed)

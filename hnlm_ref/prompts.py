@@ -10,6 +10,8 @@ import json
 import re
 from dataclasses import dataclass
 
+from hnlm_ref.console import UserError
+
 NO_TITLE = "an item without title"  # stands for a missing title in every prompt (case A04)
 
 # ---- q(u, i): what the model reads in tuning and in embedding mode ----------------------------------------------
@@ -56,6 +58,12 @@ def item_words(item: dict) -> str:
     if not title or not f"{profile}. ".startswith(f"{title}. "):
         return f"{title or NO_TITLE}. {profile}".removesuffix(". ")
     return profile
+
+
+def check_words(items: list[dict], what: str) -> None:
+    """Raises UserError where all items read alike: `what` would go by the last digits of equal text vectors."""
+    if len(words := {item_words(item) for item in items}) == 1:
+        raise UserError(f"{what} need texts; every item is {words.pop()!r}, see prep's --items")
 
 
 def negative_prompt(user: dict, item: dict) -> str:

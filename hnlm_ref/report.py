@@ -80,7 +80,7 @@ def quality_rows(views: list[View]) -> Cells:
         path = view.run.dir / "generate" / "quality.json"
         for source, figures in (load_json(path) if path.exists() else {}).items():
             found = found or [["on validation", *(name.replace("_", " ") for name in figures)]]
-            found.append([view.prefix + source, *(f"{value:.3f}" for value in figures.values())])
+            found.append([view.prefix + source, *("-" if v is None else f"{v:.3f}" for v in figures.values())])
     return found
 
 

@@ -76,14 +76,13 @@ def main(cfg: SftConfig, run: Run) -> dict:
 
     from hnlm_ref import llm, losses
     from hnlm_ref.negatives import mine_triplets
-    from hnlm_ref.prompts import item_words
+    from hnlm_ref.prompts import check_words, item_words
     from hnlm_ref.samplers import semantic_guard
     from hnlm_ref.training import load_checkpoint, save_checkpoint, warm_up
 
     prep, out, device = run.prep(), run.out, run.device
-    texts = [item_words(item) for item in prep.items]
-    if len(set(texts)) == 1 and (cfg.target == "text" or cfg.guard_threshold is not None):
-        raise UserError(f"target text and guard_threshold need texts; every item is {texts[0]!r}, see prep's --items")
+    if cfg.target == "text" or cfg.guard_threshold is not None:
+        check_words(prep.items, "target text and guard_threshold")
     fingerprint = file_fingerprint(resolve_path(cfg.model))
     if cfg.init_from:  # its LoRA fits the very weights that it was tuned on
         if not (told := resolve_path(cfg.init_from) / "manifest.json").exists():
@@ -106,7 +105,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
     llm.check_rows(cfg.model, base, cfg.max_user_tokens + cfg.max_item_tokens)
     if not (out / "user_text.npy").exists():  # in every process, as each may hold a share of the weights
-        item_text = llm.text_vectors(base, tokenizer, texts)
+        item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
         if run.manifest("prep")["knobs"]["profiles"] == "template":
             # Choice: a template profile is a list of titles; its vector is the mean of the user's training items.
             rows, items = prep.train.pairs().T

@@ -104,6 +104,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         [load_npy(sft / f"{kind}.npy") for kind in kinds]
         for kinds in (("cf_user", "cf_item"), ("user_text", "item_text"))
     )
+    if cfg.skip_ranks and (prep.n_items - prep.train.degrees() <= cfg.skip_ranks).all():
+        raise UserError(f"skip_ranks {cfg.skip_ranks} leaves nobody an item to match of {prep.n_items}; lower it")
     llm.set_threads(run.n_threads)
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the rows: one, unless launched so
     if cfg.mode == "text" and team.num_processes > 1:  # the others would wait for it longer than torch lets them

@@ -2,7 +2,7 @@
 
 Paper: sections on semantic alignment and training. Reads prep/; generate/ for HNLMRec; sft/ for the guard, the warm
 start and the LLM-enhanced recommenders. Writes train/METHOD/seedK/: model.safetensors, user.npy [U, d] and item.npy
-[I, d] (what is scored), negatives.npy int32 [R, 2] (user, negative) as the final model would draw them for one epoch,
+[I, d] (what is scored), negatives.npy int32 [R n, 2] (user, negative) as the final model would draw them for one epoch,
 log.jsonl (one line per epoch).
 
     python stages/04_train.py --preset toy --method hnlm     # about 3 s on a CPU
@@ -109,12 +109,14 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     from torch import nn
     from torch.nn import functional
 
-    from hnlm_ref import baselines, losses, recommender, samplers, training
+    from hnlm_ref import baselines, losses, prompts, recommender, samplers, training
 
     if run.n_threads:
         torch.set_num_threads(run.n_threads)
     prep = run.prep()
     train = prep.train
+    if cfg.guard_threshold is not None or cfg.enhancer != "none":
+        prompts.check_words(prep.items, "guard_threshold and enhancers")
     pairs = samplers.trainable_pairs(train)  # [R, 2]
     free = prep.n_items - train.degrees()
     if len(pairs) < train.nnz:

@@ -123,6 +123,13 @@ def test_a_key_covers_the_stage_and_all_of_the_package_behind_it(tmp_path, monke
     assert key() == before
 
 
+def test_a_key_covers_the_order_of_what_is_read(tmp_path):
+    (tmp_path / "stage.py").touch()
+    one, other = {"train/a": "1", "train/b": "2"}, {"train/b": "2", "train/a": "1"}
+    keys = [artifacts.stage_key({}, 0, inputs, (), tmp_path / "stage.py") for inputs in (one, other)]
+    assert keys[0] != keys[1]
+
+
 def test_two_commands_do_not_work_in_one_folder(tmp_path):
     def main(run):
         save_npy(run.out / "mine.npy", np.zeros(1))

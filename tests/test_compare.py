@@ -41,6 +41,13 @@ def test_after_a_failure_what_runs_ends_and_nothing_else_begins(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir())[3:] in ([], ["3"])
 
 
+def test_a_failure_is_seen_while_another_training_still_runs(tmp_path):
+    touch = [["touch", str(tmp_path / str(n))] for n in range(100)]
+    with pytest.raises(SystemExit):
+        run_stages([["sleep", "3"], ["false"], *touch], 2)
+    assert len(list(tmp_path.iterdir())) < 100
+
+
 NAMES = ("uniform", "dns@pool_size=2", "dns@pool_size=4", "hnlm")
 
 
@@ -51,7 +58,7 @@ def finished(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     batches: list = []
     run = Run(tmp_path, seed=5, n_seeds=2, methods=("uniform", "dns", "hnlm"), n_threads=5)
-    stages = {"prep": {"valid": 9, "test": 9}, "eval": {}}
+    stages = {"prep": {"valid": 9, "test": 9}, "generate": {}, "eval": {}}
     scores = dict(zip(NAMES, (0.1, 0.4, 0.2, 0.3), strict=True))
     for variant, score in scores.items():
         for seed in (5, 6):
@@ -121,6 +128,15 @@ def test_compare_crosses_methods_and_backbones_and_shares_out_the_threads(finish
         compare.compare(alone, {}, stages, (), 9)
     assert len(batches) == 4  # nothing was trained for it
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_setting_reads_is_there_before_anything_is_trained(finished):
+    run, batches = finished
+    (run.dir / "generate" / "manifest.json").unlink()
+    stages = {name: load_stage(name) for name in ("train", "eval")}
+    with pytest.raises(UserError, match="generate is not finished; run: hnlm-ref generate"):
+        compare.compare(run, {}, stages, (), 1)
+    assert batches == []
 
 
 def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # case E16

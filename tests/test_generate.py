@@ -136,6 +136,12 @@ def test_skipped_warm_up_ranks_are_never_matched(toy_run, tmp_path):
         assert not set(matches[mine].flatten().tolist()) & {*taken, *best}
 
 
+def test_skipping_all_ranks_is_refused_before_the_model_is_loaded(toy_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(llm, "load_llm", None)
+    with pytest.raises(UserError, match="skip_ranks 250 leaves nobody an item to match of 80"):
+        generate(with_inputs(toy_run, tmp_path), "--skip-ranks", 250)
+
+
 def test_negatives_of_a_model_tuned_on_text_vectors_are_matched(toy_run, tmp_path):
     shutil.copytree(toy_run / "prep", tmp_path / "prep")
     run_stage("sft", tmp_path, "--target", "text", "--n-epochs", 0)

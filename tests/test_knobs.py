@@ -10,7 +10,7 @@ import pytest
 from hnlm_ref.artifacts import STAGES, Run
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import QUIET, UserError
-from hnlm_ref.knobs import RunConfig, cast, check, knob, load_preset, method_knobs, resolve, stage_command
+from hnlm_ref.knobs import RunConfig, cast, check, knob, load_preset, method_knobs, open_run, resolve, stage_command
 from hnlm_ref.profiles import AskConfig
 
 
@@ -223,7 +223,24 @@ def test_presets_that_extend_each_other_are_refused_by_whatever_path(tmp_path):
         load_preset(str(tmp_path / "a.toml"))
 
 
+def test_a_table_under_the_name_of_a_sampler_is_of_that_sampler():
+    tables = {"methods": {"dns": {"pool_size": 8}, "mine": {"lr": 0.1}, "ahns": {"sampler": "mixgcf"}}}
+    made = {m: load_stage("train").configure(tables, ("", {"method": m})) for m in ("dns", "dns@lr=1", "mine", "ahns")}
+    assert [cfg.sampler for cfg in made.values()] == ["dns", "dns", "uniform", "mixgcf"]
+    assert [cfg.pool_size for cfg in made.values()] == [8, 8, 4, 4]
+
+
+def test_the_run_folder_may_begin_at_home_and_a_number_may_be_beyond_all_measure(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.toml").write_text('[run]\nrun_dir = "~/runs/{preset}"\n', encoding="utf-8")
+    assert open_run(str(tmp_path / "p.toml"), False, {})[1].dir == tmp_path / "runs" / "p"
+    with pytest.raises(UserError, match=r"lr = 10+: a number is wanted"):
+        load_stage("train").configure({"train": {"lr": 10**400}}, ("", {}))
+
+
 def test_the_name_of_a_method_is_no_knob_of_it():
+    with pytest.raises(UserError, match="'generated': so stage 3's own negatives are called"):
+        method_knobs({}, "generated")
     for method in ("a", "b@method=c"):
         with pytest.raises(UserError, match=f"method '{method}': its table and its grid may not set method"):
             method_knobs({"methods": {"a": {"method": "b"}}}, method)

@@ -389,6 +389,13 @@ def test_a_run_that_has_changed_since_its_evaluation_is_refused(toy_run, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_kind_of_negatives_without_figures_is_a_row_of_dashes(tmp_path):
+    (tmp_path / "generate").mkdir()
+    save_json(tmp_path / "generate" / "quality.json", {"uniform": {"x_y": 0.5}, "nearest item": {"x_y": None}})
+    view = SimpleNamespace(run=SimpleNamespace(dir=tmp_path), prefix="")
+    assert report.quality_rows([view]) == [["on validation", "x y"], ["uniform", "0.500"], ["nearest item", "-"]]
+
+
 def test_a_name_in_the_legend_may_begin_with_a_dash_below():
     svg = pictures.curves("x", {"_a": [([1], [0.5])], "b": [([1], [0.25]), ([1], [0.3])]}, "epoch", "ndcg")
     assert re.findall(r">(_a|b)</text>", svg) == ["_a", "b"]

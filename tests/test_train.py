@@ -56,7 +56,7 @@ def write_prep(folder, train, valid):
     save_jsonl(prep / "users.jsonl", [{"user": u, "key": f"u{u}", "profile": ""} for u in range(train.n_rows)])
     save_jsonl(
         prep / "items.jsonl",
-        [{"item": i, "key": f"i{i}", "title": "", "text": "", "profile": ""} for i in range(train.n_cols)],
+        [{"item": i, "key": f"i{i}", "title": f"Title {i}", "text": "", "profile": ""} for i in range(train.n_cols)],
     )
     counts = {"users": train.n_rows, "items": train.n_cols, "train": train.nnz, "valid": valid.nnz, "test": 0}
     save_json(prep / "manifest.json", {"fingerprint": "p", "inputs": {}, "counts": counts})
@@ -157,6 +157,16 @@ def test_killed_and_started_again_gives_the_same_bytes(run_dir):
     assert done.returncode == 0, done.stderr
     assert "going on after epoch" in done.stderr
     assert files(undisturbed) == expected
+
+
+@pytest.mark.parametrize("words", [("--guard-threshold", "1"), ("--enhancer", "kar")])
+def test_texts_that_are_all_alike_are_no_ground_to_go_by(run_dir, words):
+    items = load_jsonl(run_dir / "prep" / "items.jsonl")
+    save_jsonl(run_dir / "prep" / "items.jsonl", ({**item, "title": ""} for item in items))
+    with pytest.raises(
+        UserError, match="guard_threshold and enhancers need texts; every item is 'an item without title'"
+    ):
+        train(run_dir, "dns", *words)
 
 
 def test_a_user_who_took_everything_is_named_and_skipped(tmp_path, capsys):  # case B01
