@@ -218,14 +218,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Name of a value that JSON can tell."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_fingerprint(path: Path) -> str:
     """What a stage remembers of an input file or folder: content, or size and time of change above `LARGE` bytes."""
     if path.is_dir():
-        return _digest([(p.name, file_fingerprint(p)) for p in sorted(path.iterdir()) if p.is_file()])
+        return digest([(p.name, file_fingerprint(p)) for p in sorted(path.iterdir()) if p.is_file()])
     if not path.is_file():
         return "absent"  # reading it gives the error; a hub id is no file either
     stat = path.stat()
@@ -372,14 +373,15 @@ def stage_key(knobs: dict, seed: int, inputs: dict[str, str], files: Iterable[st
     """Name of all that goes into a stage, its Python code included: equal keys give equal artifacts."""
     external = {name: file_fingerprint(resolve_path(name)) for name in files}
     code = [file_fingerprint(path) for path in sources(source)]
-    return _digest([__version__, code, knobs, seed, list(inputs.items()), external])  # eval compares with the first
+    return digest([__version__, code, knobs, seed, list(inputs.items()), external])  # eval compares with the first
 
 
 def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: str, main: Callable[[Run], dict]) -> None:
     """Do a stage's work unless it is done: skip, resume or start; the manifest last; then the rename.
 
     Work in progress lies in a hidden folder that is kept when the process dies, so `main` may find checkpoints of its
-    own there; another key wipes it. The finished folder of an earlier run stays until the new one is whole.
+    own there; another key wipes it, but for files *.part, which tell themselves what they are of and go in the end. The
+    finished folder of an earlier run stays until the new one is whole.
     Raises UserError when another command is at work in the hidden folder. Under torchrun or `accelerate launch` every
     process calls `main`, but only the first one touches the folder here.
     """
@@ -410,7 +412,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
         if leads and begun != key:
             if begun is not None:
                 say(f"[{stage}] work that was begun with other knobs, inputs or code is dropped")
-            for old in partial.iterdir():
+            for old in (path for path in partial.iterdir() if path.suffix != ".part"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
             key_file.write_text(key, encoding="utf-8")
         if team:
@@ -421,13 +423,15 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             team.destroy_process_group()
         if not leads:
             return
+        for kept in partial.glob("*.part"):
+            kept.unlink()
         outputs = [p for p in sorted(partial.rglob("*")) if p.is_file() and p != key_file and p.stem != "report"]
         hashes = {p.relative_to(partial).as_posix(): _sha256(p) for p in outputs}
         seconds = round(time.time() - started, 2)
         manifest = {
             "stage": stage,
             "key": key,
-            "fingerprint": _digest(hashes),
+            "fingerprint": digest(hashes),
             "knobs": knobs,
             "seed": run.seed,
             "inputs": inputs,

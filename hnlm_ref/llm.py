@@ -39,6 +39,7 @@ from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
 TINY = "tiny"
+TEXT_TOKENS = 64  # of a text that are read for its vector
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 warnings.filterwarnings("ignore", message="fan_in_fan_out", module="peft")  # of GPT-2's layers, and set right by PEFT
@@ -187,13 +188,17 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
             f"{random[0]}; transformers would put random ones there; get the whole model again"
         )
     known = model.get_input_embeddings().num_embeddings
-    if tokenizer.vocab_size > known:
-        raise UserError(f"--model {name}: its tokenizer has {tokenizer.vocab_size} tokens, the model knows {known}")
+    ids = {n for n, token in tokenizer.added_tokens_decoder.items() if not token.special}  # may stand in a text
+    ids |= {n for n in (tokenizer.bos_token_id, tokenizer.eos_token_id) if n is not None}
+    if (needed := max(tokenizer.vocab_size, *(n + 1 for n in ids), 0)) > known:
+        raise UserError(f"--model {name}: its tokenizer has {needed} tokens, the model knows {known}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer names no eos_token; write one into tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    ends = model.generation_config.eos_token_id  # all that is kept: answers are greedy, whatever else it asks for
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
     return _placed(model, device), tokenizer
 
 
@@ -244,9 +249,10 @@ def check_rows(name: str, llm: Any, longest: int) -> None:
     embedding, kind, reason = llm.get_input_embeddings(), llm.config.model_type, ""
     device, ids = embedding.weight.device, np.linspace(2, embedding.num_embeddings - 1, 20).astype(int)
     prefix, *parts = (piece.tolist() for piece in np.split(ids, (6, 12, 15)))
+    others = 60 * [parts[-1]]  # windows and places that a layer keeps to itself show in a long row
     try:
         soft = embedding.weight[:2].float().mean(0, keepdim=True)  # [1, d_llm], no word's embedding
-        together = embed(llm, pack([([*prefix, -1], parts)], device), soft)
+        together = embed(llm, pack([([*prefix, -1], [*others, *parts])], device), soft)[-len(parts) :]
         alone = torch.cat([embed(llm, pack([([*prefix, -1], [part])], device), soft) for part in parts])  # [3, d_llm]
         off = float((together - alone).norm() / (alone - alone.mean(0)).norm())
         if not off < (1e-3 if llm.dtype == torch.float32 else 0.2):
@@ -579,7 +585,7 @@ def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
 
 
 def text_vectors(
-    llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_tokens: int = 64
+    llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_tokens: int = TEXT_TOKENS
 ) -> np.ndarray:
     """Mean of the last hidden states over each text's tokens and its EOS, centred over the texts; float32 [n, d_llm].
 
@@ -605,8 +611,7 @@ def generate_texts(llm: Any, tokenizer: Any, prompts: Sequence[list[int]], max_n
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    greedy = {"do_sample": False, "repetition_penalty": 1.0}  # whatever the model's own settings say
-    said = llm.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **greedy)
+    said = llm.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, do_sample=False)
     return tokenizer.batch_decode(said[:, longest:], skip_special_tokens=True)
 
 

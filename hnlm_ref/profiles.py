@@ -14,14 +14,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hnlm_ref.artifacts import Prep, Run, load_jsonl, no_half_characters, save_jsonl
+from hnlm_ref.artifacts import Prep, Run, digest, file_fingerprint, no_half_characters, resolve_path, save_jsonl
 from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import knob
 from hnlm_ref.prompts import PROFILE_KEY, Reply, item_profile_prompt, parse_reply, user_profile_prompt
@@ -44,7 +44,7 @@ class AskConfig:
     endpoint: str | None = knob(None, "OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; none: the local model")
     endpoint_model: str = knob("default", "name of the model at the server")
     concurrency: int = knob(8, "questions on their way to the server at once", low=1)
-    timeout_s: float = knob(120.0, "seconds to wait for an answer of the server", low=0.1)
+    timeout_s: float = knob(120.0, "seconds to wait for the server's next byte", low=0.1)
     n_retries: int = knob(4, "further tries after no answer, each after twice the wait", low=0)
     max_new_tokens: int = knob(160, "length of an answer in tokens", low=1)
     ask_batch_size: int = knob(16, "questions a local model answers at once", low=1)
@@ -85,7 +85,8 @@ def ask_local(
 def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()) -> Answers:
     """Several requests at once, each retried with back-off; the last error when the server had no answer in the end.
 
-    Ends early when none of the first 2 * concurrency questions was answered: the server is down.
+    Ends early when 2 * concurrency questions one after the other were not answered: the server is down. A server that
+    is busy may say how long to wait (Retry-After).
     A key is read from the environment variable OPENAI_API_KEY. A refused request (4xx) is a UserError: raised, as the
     next one would be refused too, or given where the question itself may be at fault (too long), and not tried again.
     """
@@ -97,11 +98,12 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
 
     def ask_one(text: str) -> str | Exception:
         failure: Exception = TimeoutError("given up")
+        told = 0.0  # seconds to wait, by the server
         body: dict[str, Any] = {"model": cfg.endpoint_model, "messages": [{"role": "user", "content": text}]}
         body |= {"max_tokens": cfg.max_new_tokens, "temperature": 0.0, "seed": 0}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(cfg.n_retries + 1):
-            if attempt and stop.wait(BACK_OFF * 2 ** (attempt - 1)):
+            if attempt and stop.wait(max(BACK_OFF * 2 ** (attempt - 1), told)):
                 break
             try:
                 with server.open(request, timeout=cfg.timeout_s) as reply:
@@ -110,7 +112,9 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
                     return content
                 failure = TypeError(f"the content is a {type(content).__name__}, not a text")
             except urllib.error.HTTPError as error:
-                failure = error
+                failure, told = error, 0.0
+                with contextlib.suppress(TypeError, ValueError):  # none given, or a date
+                    told = float(error.headers["Retry-After"])
                 if error.code < 500 and error.code not in (408, 429):
                     detail = ""
                     with contextlib.suppress(OSError, http.client.HTTPException):
@@ -125,14 +129,14 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
 
     with ThreadPoolExecutor(cfg.concurrency) as pool:
         running = {pool.submit(ask_one, text): number for number, text in questions if number not in done}
-        n_failed: float = 0  # minus infinity once there was an answer
+        n_failed, answered = 0, bool(done)
         try:
             for future in as_completed(running):
                 said = future.result()
                 yield running[future], said
                 if not isinstance(said, Exception):
-                    n_failed = -math.inf
-                elif not (done and isinstance(said, UserError)):  # it has answered others under the same settings
+                    n_failed, answered = 0, True
+                elif not (answered and isinstance(said, UserError)):  # it has answered others under the same settings
                     n_failed += 1
                 if n_failed >= 2 * cfg.concurrency:
                     return
@@ -148,20 +152,23 @@ def ask(
     answer: Callable[[list[tuple[int, str]], Container[int]], Answers],
     key: str,
     titles: list[str] | None = None,
+    of: Any = None,
 ) -> list[Reply]:
     """Ask every question once and write JSONL to `path`: `about`, status, text, raw, in their order.
 
-    Answers already in the unfinished file (`path` + ".part") are kept, a half-written last line is dropped (case D17),
-    failed questions are asked again; so it is with `path` itself, where the stage was stopped in what follows. A
-    failed answer is empty, never another's text (case D20).
+    Answers are kept in `path` + ".part", which outlives a change of other knobs, until the stage is whole: those that
+    are there are not asked for again, a half-written last line is dropped (case D17), failed questions are asked again.
+    A failed answer is empty, never another's text (case D20).
     titles  of the positive of each question, which an answer must not repeat
+    of      who is asked, and what else the answers depend on: other answers are dropped
     """
-    part = path.with_name(path.name + ".part")
-    rows: Iterable[dict] = ()
-    if part.exists():
-        rows = map(json.loads, part.read_bytes().decode("utf-8", "ignore").split("\n")[:-1])
-    elif path.exists():
-        rows = ({"number": number} | row for number, row in enumerate(load_jsonl(path)))
+    part, mark = (path.with_name(f"{path.name}{end}.part") for end in ("", ".of"))
+    asked = digest([of, questions])
+    if mark.exists() and mark.read_text(encoding="utf-8") != asked:
+        part.unlink(missing_ok=True)
+    mark.write_text(asked, encoding="utf-8")
+    whole = part.read_bytes().decode("utf-8", "ignore").split("\n")[:-1] if part.exists() else ()
+    rows = map(json.loads, whole)
     replies = {r["number"]: Reply(r["status"], r["text"], r["raw"]) for r in rows if r["status"] != "failed"}
     save_jsonl(part, ({"number": number} | vars(reply) for number, reply in replies.items()))
     done = set(replies)
@@ -176,13 +183,20 @@ def ask(
             replies[number] = Reply(**said)
             file.write(json.dumps({"number": number, **said}, ensure_ascii=False) + "\n")
             file.flush()
-    if missing and (len(replies) < len(questions) or all(reply.status == "failed" for reply in replies.values())):
-        what = f"no question of {missing} was answered ({reply.raw})"
-        raise UserError(f"{what}; is the server up? Nothing is lost: start again")
+    n_failed = sum(reply.status == "failed" for reply in replies.values())
+    if missing and (len(replies) < len(questions) or n_failed == len(questions)):
+        n_said = missing - (len(questions) - len(replies) + n_failed)
+        what = f"{n_said} of {missing} questions were answered" if n_said else f"no question of {missing} was answered"
+        raise UserError(f"{what} ({reply.raw}); is the server up? Nothing is lost: start again")
     found = [replies[n] for n in range(len(questions))]
     save_jsonl(path, (who | vars(reply) for who, reply in zip(about, found, strict=True)))
-    part.unlink()
     return found
+
+
+def answers_depend_on(cfg: AskConfig, model: str) -> list:
+    """Of the knobs those by which an answer may change; not how long or how often a server is asked."""
+    asked = [cfg.endpoint, cfg.endpoint_model] if cfg.endpoint else [file_fingerprint(resolve_path(model)), model]
+    return [*asked, cfg.max_new_tokens, None if cfg.endpoint else cfg.ask_batch_size]
 
 
 def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: Run) -> dict[str, int]:
@@ -207,7 +221,8 @@ def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: R
         set_threads(run.n_threads)
         llm, tokenizer = load_llm(model, run.device)
         answer = partial(ask_local, llm, tokenizer, cfg)
-    replies = ask(questions, about, run.out / "profiles.jsonl", answer, PROFILE_KEY)
+    of = answers_depend_on(cfg, model)
+    replies = ask(questions, about, run.out / "profiles.jsonl", answer, PROFILE_KEY, of=of)
     for record, reply in zip([*prep.items, *prep.users], replies, strict=True):
         record["profile"] = reply.text or ""
     return {f"profiles {status}": n for status, n in Counter(reply.status for reply in replies).items()}

@@ -38,7 +38,7 @@ class SftConfig:
     )
     lora_rank: int = knob(32, "rank of LoRA (r)", low=1)
     lora_alpha: int = knob(64, "scale of LoRA is alpha / r", low=1)
-    lora_dropout: float = knob(0.05, "dropout in LoRA", low=0, high=1)
+    lora_dropout: float = knob(0.05, "dropout in LoRA", low=0, high=0.99)
     # triplets
     n_users: int = knob(0, "users to tune on; 0: all", low=0)
     pairs_per_user: int = knob(4, "items taken by a user that become triplets, at most", low=1)
@@ -103,7 +103,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
 
     # Text vectors of the untuned model, for targets, guards and text-enhanced recommenders.
     base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
-    llm.check_rows(cfg.model, base, cfg.max_user_tokens + cfg.max_item_tokens)
+    llm.check_rows(cfg.model, base, max(cfg.max_user_tokens + cfg.max_item_tokens, llm.TEXT_TOKENS + 2))
     if not (out / "user_text.npy").exists():  # in every process, as each may hold a share of the weights
         item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
         if run.manifest("prep")["knobs"]["profiles"] == "template":

@@ -150,7 +150,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             [prep.items[i]["title"] for i in pairs[:, 1]],
             [{"user": int(u), "item": int(i)} for u, i in pairs],
         )
-        replies = profiles.ask(questions, about, out / "texts.jsonl", answer, prompts.NEGATIVE_KEY, titles)
+        of = profiles.answers_depend_on(cfg, knobs["model"])
+        replies = profiles.ask(questions, about, out / "texts.jsonl", answer, prompts.NEGATIVE_KEY, titles, of)
         counts["statuses"] = dict(Counter(reply.status for reply in replies))
         said = [reply.text for reply in replies if reply.text is not None]
         say(f"[generate] answers: {counts['statuses']}")

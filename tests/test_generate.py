@@ -216,8 +216,8 @@ def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path
     assert [(r.status, r.text) for r in replies] == [("ok", "u1"), ("failed", None)]  # case D20
     assert replies[1].raw == "OSError: busy"
     # a killed run: two answers, one failed, one half-written line
-    part = tmp_path / "texts.jsonl.part"
-    part.write_text(
+    (tmp_path / "texts.jsonl.of.part").unlink()
+    (tmp_path / "texts.jsonl.part").write_text(
         json.dumps({"number": 0, "status": "ok", "text": "kept", "raw": "r"})
         + "\n"
         + json.dumps({"number": 1, "status": "failed", "text": None, "raw": ""})
@@ -230,11 +230,11 @@ def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path
     assert asked[1:] == [1, 2]
     assert [(r.status, r.text) for r in replies] == [("ok", "kept"), ("ok", "u2"), ("ok", "u3")]
     assert [(row["user"], row["text"]) for row in load_jsonl(path)] == [(1, "kept"), (2, "u2"), (3, "u3")]
-    assert not part.exists()
-    # stopped later in the stage: the finished file is there, and nothing is asked again
+    # stopped later in the stage: nothing is asked again, unless somebody else is to be asked
     asked.clear()
-    assert profiles.ask(["u1", "u2", "u3"], [*about, {"user": 3}], path, answer, prompts.NEGATIVE_KEY) == replies
-    assert asked == [] and not part.exists() and len(load_jsonl(path)) == 3
+    three = (["u1", "u2", "u3"], [*about, {"user": 3}], path, answer, prompts.NEGATIVE_KEY)
+    assert profiles.ask(*three) == replies and asked == [] and len(load_jsonl(path)) == 3
+    assert profiles.ask(*three, of="another") != replies and asked == [0, 1, 2]
 
 
 def test_a_local_model_goes_on_with_the_batches_it_was_stopped_in(monkeypatch, tmp_path):
@@ -262,6 +262,7 @@ class Server(BaseHTTPRequestHandler):
     plan: dict = {}  # noqa: RUF012
     seen: list = []  # noqa: RUF012
     key = prompts.NEGATIVE_KEY
+    retry_after = ""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -279,6 +280,7 @@ class Server(BaseHTTPRequestHandler):
         length = "Content-Length", str(max(len(body), length))
         self.send_header(*(("Transfer-Encoding", "chunked") if status == 418 else length))
         self.send_header("Location", "/elsewhere")
+        self.send_header("Retry-After", Server.retry_after)
         self.end_headers()
         self.wfile.write(body.encode())
 
@@ -338,6 +340,10 @@ def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(ser
     Server.plan = {"a": [500]}
     list(profiles.ask_server(profiles.AskConfig(endpoint=server), [(0, "a")]))
     assert waits == [0.5, 1, 2] and len(Server.seen) == 3
+    monkeypatch.setattr(Server, "retry_after", "7")  # it says how long it is busy
+    waits.clear()
+    list(profiles.ask_server(profiles.AskConfig(endpoint=server), [(0, "a")]))
+    assert waits == [7, 7, 7]
 
 
 def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path, monkeypatch):
@@ -367,13 +373,36 @@ def test_a_question_refused_for_its_own_sake_fails_alone_and_is_not_tried_again(
         assert {r.status for r in replies[1:10]} == {"failed"} and "request: 413 " in replies[2].raw
         assert '{"choices": ' in replies[2].raw  # what the server says
     kept = kept.replace("10", "0")  # and the server has nothing but refusals for the rest
+    (tmp_path / "t.jsonl.of.part").unlink()
     (tmp_path / "t.jsonl.part").write_text(kept, encoding="utf-8")
     replies = profiles.ask(["a", *["long"] * 9], [{}] * 10, path, answer, prompts.NEGATIVE_KEY)
     assert [r.text for r in replies] == ["kept", *[None] * 9]
-    path.unlink()
     with pytest.raises(UserError, match=r"no question of 9 was answered \(UserError: http.* refused the request: 400"):
         profiles.ask(["long"] * 9, [{}] * 9, path, answer, prompts.NEGATIVE_KEY)
     assert len((tmp_path / "t.jsonl.part").read_text(encoding="utf-8").splitlines()) == 2  # 2 * concurrency
+
+
+def test_a_server_that_dies_ends_the_job_which_goes_on_from_there(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "as_completed", list)  # in their order
+    questions, path = [f"q{n}" for n in range(9)], tmp_path / "t.jsonl"
+    Server.plan = {question: [500] for question in questions[3:]}
+    cfg = profiles.AskConfig(endpoint=server, concurrency=1, n_retries=0)
+    three = (questions, [{}] * 9, path, partial(profiles.ask_server, cfg), prompts.NEGATIVE_KEY)
+    with pytest.raises(UserError, match=r"3 of 9 questions were answered \(HTTPError: .*500.*start again"):
+        profiles.ask(*three)
+    assert not path.exists()
+    Server.plan, Server.seen = {}, []
+    assert [reply.text for reply in profiles.ask(*three)] == questions and len(Server.seen) == 6
+
+
+def test_answers_outlive_a_change_of_other_knobs(server, toy_run, tmp_path):
+    run = with_inputs(toy_run, tmp_path)
+    words = ("--mode", "text", "--endpoint", server, "--pairs-per-user", 1)
+    with pytest.raises(UserError, match="no negative matches any item"):
+        generate(run, *words, "--min-similarity", 0.999999)
+    assert len(Server.seen) == 60
+    generate(run, *words, "--concurrency", 3)
+    assert len(Server.seen) == 60 and not list((run / "generate").glob("*.part"))
 
 
 def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server, tmp_path):

@@ -414,6 +414,35 @@ def test_pieces_of_a_micro_batch_and_its_seeds_drop_out_each_by_itself(monkeypat
     assert not torch.equal(first[:2], first[2:])
 
 
+def test_a_token_beyond_the_embedding_is_refused(tmp_path):
+    for knob, value in (("eos_token", "<end>"), (None, "Godfather")):
+        model, tokenizer = llm.tiny_model()
+        tokenizer.add_tokens([value]) if knob is None else tokenizer.add_special_tokens({knob: value})
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / value)
+        with pytest.raises(UserError, match="its tokenizer has 259 tokens, the model knows 258"):
+            llm.load_llm(str(tmp_path / value), "cpu")
+
+
+def test_answers_are_greedy_whatever_the_model_s_own_settings_say(tmp_path):
+    model, tokenizer = llm.tiny_model()
+    tokenizer.save_pretrained(tmp_path)
+    found = []
+    for settings_ in ({}, {"num_beams": 3, "no_repeat_ngram_size": 1, "repetition_penalty": 9.0, "do_sample": True}):
+        model.generation_config = transformers.GenerationConfig(eos_token_id=1, **settings_)
+        model.save_pretrained(tmp_path)
+        base, _ = llm.load_llm(str(tmp_path), "cpu")
+        found.append(llm.generate_texts(base, tokenizer, [[5, 6, 7]], 12))
+    assert found[0] == found[1] and len(found[0][0]) > 3
+
+
+def test_a_layer_that_keeps_to_places_in_the_row_is_refused():
+    """GPT-Neo's local layers see 256 places back: of a long row not the user's part."""
+    base = random_model("gpt_neo", attention_types=[[["global", "local"], 1]], attn_implementation="eager")
+    with pytest.raises(UserError, match="continuations that share a prefix are off by"):
+        llm.check_rows("neo", base, 100)
+
+
 def test_ridge_puts_the_head_where_least_squares_does():
     head, generator = llm.Head(6, 2), torch.Generator().manual_seed(0)
     h = torch.randn(400, 6, generator=generator) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 7
