@@ -572,9 +572,9 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
         items = line.str.replace(r"\S+", "").str.strip_chars().str.replace_all(r"\s+", PART)
         frame = frame.select(user=line.str.extract(r"(\S+)"), item=items)
     elif "history" in frame.columns:  # the list (RecBole's "a b", or a Python list), then the target; ratings are its
-        told = pl.col("history").cast(pl.String).str.strip_chars()
-        listed, plain = told.map_elements(_members, pl.String), told.str.replace_all(r"\s+", PART)
-        past = pl.when(told.str.starts_with("[")).then(listed).otherwise(plain)
+        # Not in an expression: Python's parser (3.11) fails when it is at work in several threads, as Polars has them.
+        told = frame["history"].cast(pl.String).str.strip_chars()
+        past = pl.Series([t and (_members(t) if t[0] == "[" else PART.join(t.split())) for t in told], dtype=pl.String)
         target = [pl.col("item")] if "item" in frame.columns else []
         frame = frame.select("user", item=pl.concat_str(past, *target, separator=PART, ignore_nulls=True))
     whys: list[Any] = []
