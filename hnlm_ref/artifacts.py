@@ -380,7 +380,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
     """Do a stage's work unless it is done: skip, resume or start; the manifest last; then the rename.
 
     Work in progress lies in a hidden folder that is kept when the process dies, so `main` may find checkpoints of its
-    own there; another key wipes it, but for files *.part, which tell themselves what they are of and go in the end. The
+    own there; another key wipes it, but for files *.part, whose names tell what they are of; they go in the end. The
     finished folder of an earlier run stays until the new one is whole.
     Raises UserError when another command is at work in the hidden folder. Under torchrun or `accelerate launch` every
     process calls `main`, but only the first one touches the folder here.

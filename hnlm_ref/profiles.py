@@ -156,17 +156,13 @@ def ask(
 ) -> list[Reply]:
     """Ask every question once and write JSONL to `path`: `about`, status, text, raw, in their order.
 
-    Answers are kept in `path` + ".part", which outlives a change of other knobs, until the stage is whole: those that
-    are there are not asked for again, a half-written last line is dropped (case D17), failed questions are asked again.
-    A failed answer is empty, never another's text (case D20).
+    Answers are kept in a file *.part named by what they depend on, which outlives a change of other knobs until the
+    stage is whole: those that are there are not asked for again, a half-written last line is dropped (case D17), failed
+    questions are asked again. A failed answer is empty, never another's text (case D20).
     titles  of the positive of each question, which an answer must not repeat
-    of      who is asked, and what else the answers depend on: other answers are dropped
+    of      who is asked, and what else the answers depend on beside the questions
     """
-    part, mark = (path.with_name(f"{path.name}{end}.part") for end in ("", ".of"))
-    asked = digest([of, questions])
-    if mark.exists() and mark.read_text(encoding="utf-8") != asked:
-        part.unlink(missing_ok=True)
-    mark.write_text(asked, encoding="utf-8")
+    part = path.with_name(f"{path.name}.{digest([of, questions])}.part")
     whole = part.read_bytes().decode("utf-8", "ignore").split("\n")[:-1] if part.exists() else ()
     rows = map(json.loads, whole)
     replies = {r["number"]: Reply(r["status"], r["text"], r["raw"]) for r in rows if r["status"] != "failed"}

@@ -87,7 +87,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if cfg.init_from:  # its LoRA fits the very weights that it was tuned on
         if not (told := resolve_path(cfg.init_from) / "manifest.json").exists():
             raise UserError(f"init_from {cfg.init_from}: no finished sft folder ({told.name} is missing)")
-        model, theirs = load_json(told)["knobs"]["model"], load_json(told)["counts"]["model fingerprint"]
+        tuned = load_json(told)
+        model, theirs = tuned["knobs"]["model"], tuned["counts"]["model fingerprint"]
         if model != cfg.model and (theirs != fingerprint or theirs == "absent"):
             raise UserError(f"init_from {cfg.init_from} was tuned on model {model}, not on {cfg.model}; take that one")
     llm.set_threads(run.n_threads)

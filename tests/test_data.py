@@ -431,9 +431,8 @@ def test_a_row_below_min_rating_gives_no_review_to_the_row_that_stays(tmp_path):
 def test_a_second_row_of_an_item_is_counted(tmp_path):
     (tmp_path / "items.csv").write_text("item,title\na,A\nb,B\na,other\nz,Z\n", encoding="utf-8")
     done = prepare(tmp_path, "user,item\nu,a\nu,b\n", items=str(tmp_path / "items.csv"))
-    assert [item["title"] for item in done.items] == ["A", "B"] and done.counts[
-        "item rows of an item that has one"
-    ] == 1
+    assert [item["title"] for item in done.items] == ["A", "B"]
+    assert done.counts["item rows of an item that has one"] == 1
 
 
 def test_an_empty_review_is_none_in_every_format_and_beside_a_bad_row(tmp_path):

@@ -19,7 +19,7 @@ from test_sft import hashes, run_stage
 from test_sft import start as start_stage
 
 from hnlm_ref import llm, profiles, prompts
-from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json
+from hnlm_ref.artifacts import Run, digest, load_json, load_jsonl, load_npy, save_json
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import UserError
 from hnlm_ref.knobs import load_preset
@@ -203,6 +203,11 @@ def said(title: str, key: str = prompts.NEGATIVE_KEY) -> str:
     return json.dumps({key: title})
 
 
+def part_of(path, questions):
+    """The file of answers so far."""
+    return path.with_name(f"{path.name}.{digest([None, questions])}.part")
+
+
 def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path):
     asked = []
 
@@ -216,8 +221,7 @@ def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path
     assert [(r.status, r.text) for r in replies] == [("ok", "u1"), ("failed", None)]  # case D20
     assert replies[1].raw == "OSError: busy"
     # a killed run: two answers, one failed, one half-written line
-    (tmp_path / "texts.jsonl.of.part").unlink()
-    (tmp_path / "texts.jsonl.part").write_text(
+    part_of(path, ["u1", "u2", "u3"]).write_text(
         json.dumps({"number": 0, "status": "ok", "text": "kept", "raw": "r"})
         + "\n"
         + json.dumps({"number": 1, "status": "failed", "text": None, "raw": ""})
@@ -366,20 +370,19 @@ def test_a_question_refused_for_its_own_sake_fails_alone_and_is_not_tried_again(
     answer = partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=1))
     kept = json.dumps({"number": 10, "status": "ok", "text": "kept", "raw": "r"}) + "\n"
     for before, n_asked, last in (("", 11, "b"), (kept, 10, "kept")):
-        (tmp_path / "t.jsonl.part").write_text(before, encoding="utf-8")
+        part_of(path, questions).write_text(before, encoding="utf-8")
         Server.seen = []
         replies = profiles.ask(questions, [{}] * 11, path, answer, prompts.NEGATIVE_KEY)
         assert [r.text for r in replies] == ["a", *[None] * 9, last] and len(Server.seen) == n_asked
         assert {r.status for r in replies[1:10]} == {"failed"} and "request: 413 " in replies[2].raw
         assert '{"choices": ' in replies[2].raw  # what the server says
     kept = kept.replace("10", "0")  # and the server has nothing but refusals for the rest
-    (tmp_path / "t.jsonl.of.part").unlink()
-    (tmp_path / "t.jsonl.part").write_text(kept, encoding="utf-8")
+    part_of(path, ["a", *["long"] * 9]).write_text(kept, encoding="utf-8")
     replies = profiles.ask(["a", *["long"] * 9], [{}] * 10, path, answer, prompts.NEGATIVE_KEY)
     assert [r.text for r in replies] == ["kept", *[None] * 9]
     with pytest.raises(UserError, match=r"no question of 9 was answered \(UserError: http.* refused the request: 400"):
         profiles.ask(["long"] * 9, [{}] * 9, path, answer, prompts.NEGATIVE_KEY)
-    assert len((tmp_path / "t.jsonl.part").read_text(encoding="utf-8").splitlines()) == 2  # 2 * concurrency
+    assert len(part_of(path, ["long"] * 9).read_text(encoding="utf-8").splitlines()) == 2  # 2 * concurrency
 
 
 def test_a_server_that_dies_ends_the_job_which_goes_on_from_there(server, tmp_path, monkeypatch):
@@ -425,11 +428,11 @@ def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
     answer = partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=2, n_retries=0))
     assert len(list(answer([(n, "a") for n in range(999)]))) == 4  # 2 * concurrency
     assert len(Server.seen) < 999
-    kept = {"number": 0, "status": "ok", "text": "kept", "raw": "r"}
-    (tmp_path / "t.jsonl.part").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    kept, part = {"number": 0, "status": "ok", "text": "kept", "raw": "r"}, part_of(tmp_path / "t.jsonl", ["a"] * 99)
+    part.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"no question of 98 was answered \(HTTPError: .*500.*\); is the server up\?"):
         profiles.ask(["a"] * 99, [{}] * 99, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY)
-    assert "kept" in (tmp_path / "t.jsonl.part").read_text(encoding="utf-8")
+    assert "kept" in part.read_text(encoding="utf-8")
 
 
 def test_a_model_changed_since_tuning_is_refused(toy_run, tmp_path):
