@@ -132,7 +132,10 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    has_it = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu.get_capabilities().get("amx_bf16", False)
+    if device == "cuda":
+        has_it = torch.cuda.is_bf16_supported()
+    else:  # torch 2.10 cannot be asked
+        has_it = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
     return torch.bfloat16 if has_it else torch.float32
 
 

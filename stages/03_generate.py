@@ -54,7 +54,8 @@ def in_shards(
     rows: list, pairs: np.ndarray, cfg: GenerateConfig, run: Run, team: Any, encode: Callable
 ) -> tuple[np.ndarray, dict]:
     """h of every pair, float16 [N, d_llm], by way of files of fixed content: whoever computes one, and whenever, it
-    comes out the same (case D17). Rows of like length share a batch; processes share the batches of a file."""
+    comes out the same (case D17). Rows of like length share a batch; processes share the batches of a file, and the
+    first one has the result."""
     import accelerate
 
     from hnlm_ref.llm import cut, in_parallel, n_tokens
@@ -85,7 +86,8 @@ def in_shards(
             n_done += sum(sizes[r] for r in shard)
         first += n_pairs
     bar.close()
-    team.wait_for_everyone()
+    if not team.is_main_process:  # the first process deletes the files in the end, maybe before another has read them
+        return np.empty(0), {}
     speed = {"tokens_per_second": round(n_done / (time.time() - started), 1)}
     return np.concatenate([load_npy(path) for path in paths]), speed
 

@@ -53,6 +53,18 @@ def test_every_training_pair_has_a_vector_of_its_own_and_matches_that_the_user_h
     assert not list(folder.glob("shard*"))
 
 
+def test_only_the_first_of_several_processes_reads_the_files_which_it_deletes_in_the_end(tmp_path):
+    stage = load_stage("generate")
+    in_shards, rows = stage.main_function.__globals__["in_shards"], [([1], [[2], [3]]), ([1, 2], [[3]])]
+    encode = lambda some: np.concatenate([np.full((len(parts), 4), len(prefix)) for prefix, parts in some])  # noqa: E731
+    for leads in (False, True):
+        one = SimpleNamespace(num_processes=1, process_index=0, is_main_process=leads, wait_for_everyone=lambda: None)
+        run, pairs = Run(tmp_path, out=tmp_path), np.zeros((3, 2), int)
+        h, _ = in_shards(rows, pairs, stage.config(batch_size=1, rows_per_shard=1), run, one, encode)
+        assert h.tolist() == ([4 * [1], 4 * [1], 4 * [2]] if leads else [])
+        assert len(list(tmp_path.glob("shard*"))) == (2 if leads else 0)
+
+
 def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made):
     folder, sft = made / "generate", made / "sft"
     own = llm.load_file(sft / "projections.safetensors")
