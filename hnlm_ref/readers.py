@@ -227,7 +227,7 @@ def sniff(
             first = query.head(1000).collect()
         names, records, header, sep, encoding = tuple(first.columns), first.to_dicts(), True, "", "utf-8"
     elif kind == "json":
-        records = [record for line in lines if (record := _record(line)) is not None]
+        records = [record for line in lines if isinstance(record := value_of(line), dict)]
         names, header, sep = tuple(dict.fromkeys(key for record in records for key in record)), True, ""
     else:
         sep = sep.replace("\\t", "\t") if sep else wanted_sep or _separator(lines)
@@ -269,7 +269,7 @@ def _has_quotes(path: Path, encoding: str) -> bool:
 
 
 def value_of(text: str) -> Any:
-    """What JSON says, or else a Python literal; None if it is neither."""
+    """What JSON says, or else a Python literal, as in Amazon's 2014 files; None if it is neither."""
     for parse in (json.loads, ast.literal_eval):
         unreadable = contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
         with unreadable, warnings.catch_warnings():
@@ -279,11 +279,6 @@ def value_of(text: str) -> Any:
                 value = json.loads(no_half_characters(json.dumps(value, ensure_ascii=False)))
             return value
     return None
-
-
-def _record(line: str) -> dict | None:
-    """One line as a record: JSON, or the Python literal of Amazon's 2014 files; None if it is neither."""
-    return record if isinstance(record := value_of(line), dict) else None
 
 
 def _text(value: Any) -> str | None:
@@ -493,8 +488,8 @@ def _walk(data: Any, layout: Layout, columns: list[str], line: int, bad: Bad) ->
             if b"\0" in raw[first]:
                 raise ValueError("it holds a NUL byte")
             if layout.kind == "json":
-                found = _record(next(texts))
-                if found is None:
+                found = value_of(next(texts))
+                if not isinstance(found, dict):
                     raise ValueError("it is no JSON object")
             else:
                 reader = _fields(texts, layout.sep, bool(layout.quote), strict=True)
