@@ -193,11 +193,7 @@ def oldest_first(log: Log) -> np.ndarray:
 
 def n_ties(log: Log) -> int:
     """Rows that share their user's time with another row: their order is the item's (case A17)."""
-    assert log.time is not None
-    order = np.lexsort((log.time, log.user))
-    user, time = log.user[order], log.time[order]
-    same = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
-    return int((np.r_[same, False] | np.r_[False, same]).sum())
+    return int(pl.DataFrame({"user": log.user, "time": log.time}).is_duplicated().sum())
 
 
 def split(
@@ -372,24 +368,17 @@ def read_reviews(layout: Layout, train: Log, max_chars: int, min_rating: float |
 
     min_rating  that of `clean`: a row it leaves out has no say, though its pair be there by another row
     """
-    pairs = pl.DataFrame({"user": train.users.gather(train.user), "item": train.items.gather(train.item)})
-    pairs = pairs.with_columns(u=train.user, i=train.item)
-    if train.time is not None:
-        pairs = pairs.with_columns(time=train.time)
-    on = [name for name in ("user", "item", "time") if name in pairs.columns]
+    on = {"user": train.users.gather(train.user), "item": train.items.gather(train.item)}
+    on |= {} if train.time is None else {"time": pl.Series(train.time)}
+    pairs = pl.DataFrame(on).with_columns(u=train.user, i=train.item)
     found = [
         frame.filter(pl.col("rating").fill_null(np.inf) >= (-np.inf if min_rating is None else min_rating))
-        .join(pairs, on=on)
-        .select("u", "i", pl.col("text").str.slice(0, max_chars))
+        .join(pairs, on=list(on))
+        .select(user="u", item="i", text=pl.col("text").str.slice(0, max_chars))
         for frame in frames(layout, Bad(skip=True), text=True)
     ]
-    table = (
-        pl.concat(found)
-        .filter(pl.col("text") != "")
-        .sort("u", "i", "text")
-        .unique(["u", "i"], keep="first", maintain_order=True)
-    )
-    yield from ({"user": u, "item": i, "text": text} for u, i, text in table.iter_rows())
+    table = pl.concat(found).filter(pl.col("text") != "").sort("user", "item", "text")
+    yield from table.unique(["user", "item"], keep="first", maintain_order=True).iter_rows(named=True)
 
 
 # ---- looking at a file ------------------------------------------------------------------------------------------

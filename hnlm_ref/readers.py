@@ -149,12 +149,11 @@ def locate(path: Path) -> tuple[Path, *tuple[Path | None, ...]]:
     """Log, item texts, validation and test part of a folder with the file names of FOLDERS; a file is the log."""
     if not path.is_dir():
         return path, None, None, None
-    known: list[tuple[Any, Any, Any, Any]] = []
+    known: list[Any] = []
     for patterns in FOLDERS:
         found = [sorted(path.glob(pattern)) if pattern else [] for pattern in patterns]
         if len(found[0]) == 1 and (len(patterns) == 2 or found[3]):
-            log, items, valid, test = (files[0] if files else None for files in [*found, [], []][:4])
-            known.append((log, items, valid, test))
+            known.append(tuple(files[0] if files else None for files in [*found, [], []][:4]))
     if not known:
         raise UserError(f"{path} is a folder in which no known log is found; name the file")
     return next((files for files in known if files[1]), known[0])  # one with item texts, if there is one
@@ -498,8 +497,7 @@ def _walk(data: Any, layout: Layout, columns: list[str], line: int, bad: Bad) ->
                 if len(fields) > len(layout.names):
                     raise ValueError(f"{len(fields)} fields where {len(layout.names)} are named")
                 found = dict(zip(layout.names, fields, strict=False))
-            row = map(found.get, columns)
-            rows.append([_text(value) for value in row])
+            rows.append([_text(found.get(column)) for column in columns])
             lines.append(line + first)
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02X} at place {error.start + 1} is no UTF-8"
