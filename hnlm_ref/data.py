@@ -215,9 +215,7 @@ def split(
     """
     n = len(log)
     if how in ("leave-one", "leave-two", "time") and log.time is None:
-        raise UserError(
-            f"--split {how} needs times, which the log lacks; use ratio, or --time-unit order for a sequence"
-        )
+        raise UserError(f"--split {how} needs times, which the log lacks; use ratio or --time-unit order for sequences")
     if how == "time":
         assert log.time is not None
         ordered = np.sort(log.time)
@@ -284,9 +282,8 @@ def ready_split(logs: list[Log | None], counts: dict) -> tuple[Log, np.ndarray]:
     if log.time is not None and log.unit != "order":
         newest = np.full(len(log.users), -np.inf)
         np.maximum.at(newest, log.user[part == 0], log.time[part == 0])
-        counts["held-out rows older than their user's last training row"] = int(
-            ((part > 0) & (log.time < newest[log.user])).sum()
-        )
+        older = (part > 0) & (log.time < newest[log.user])
+        counts["held-out rows older than their user's last training row"] = int(older.sum())
     return unseen(log, part, True, counts)
 
 

@@ -118,10 +118,7 @@ RECBOLE = {
 
 
 def _npz(file: BinaryIO, frames: Iterator[pl.DataFrame]) -> None:
-    table = pl.concat(frames)
-    columns = {
-        name: np.asarray(c.to_list()) if c.dtype == pl.String else c.to_numpy() for name, c in table.to_dict().items()
-    }
+    columns = {c.name: np.asarray(c.to_list()) if c.dtype == pl.String else c.to_numpy() for c in pl.concat(frames)}
     np.savez(file, allow_pickle=False, **columns)
 
 

@@ -23,6 +23,7 @@ from hnlm_ref.artifacts import STAGES, Run, run_stage, stage_key
 from hnlm_ref.console import QUIET, UserError, system_errors_told
 
 PRESETS = Path(__file__).parent / "presets"
+TABLES = ("run", *STAGES, "methods", "grid")  # of a preset
 
 
 def knob(
@@ -115,10 +116,8 @@ def load_preset(name: str | None, beside: Path = Path(), above: tuple[Path, ...]
         raise UserError(f"preset {path}: extends = {below!r}: the name of another preset is wanted")
     below = load_preset(below, path.parent, (*above, path.resolve()))
     for table, content in tables.items():
-        if table not in ("run", *STAGES, "methods", "grid"):
-            raise UserError(
-                f"preset {path}: unknown table [{table}]; {unknown(table, ('run', *STAGES, 'methods', 'grid'))}"
-            )
+        if table not in TABLES:
+            raise UserError(f"preset {path}: unknown table [{table}]; {unknown(table, TABLES)}")
         inner = content.values() if isinstance(content, dict) and table in ("methods", "grid") else [content]
         if not all(isinstance(part, dict) for part in inner):
             raise UserError(f"preset {path}: {table} = {content!r}: a table of knobs is wanted")
@@ -149,9 +148,7 @@ def resolve(config: type, *layers: tuple[str, dict]) -> Any:
 def method_knobs(tables: dict[str, dict], method: str) -> dict:
     """The overrides of a method; one without a table is the sampler of that name. "dns@pool_size=8" changes a knob."""
     if "/" in method or method.startswith(".") or not method:
-        raise UserError(
-            f"method {method!r}: the name becomes a folder, so it may hold no slash and not begin with a dot"
-        )
+        raise UserError(f"method {method!r}: it names a folder, so it may hold no slash and not begin with a dot")
     name, *changes = method.split("@")
     if name == "generated":
         raise UserError(f"method {method!r}: so stage 3's own negatives are called in the results; take another name")
@@ -186,17 +183,11 @@ def options(fields: Iterable[dataclasses.Field]) -> list[click.Option]:
     """One click option per field, its default shown and left unset, so that a preset can tell it was not given."""
     found = []
     for field in fields:
-        flag = "--" + field.name.replace("_", "-")
-        names = [flag, field.name] if field.type is not bool else [f"{flag}/--no-{flag[2:]}", field.name]
+        flag, switch = field.name.replace("_", "-"), field.type is bool
+        names = [f"--{flag}/--no-{flag}" if switch else f"--{flag}", field.name]
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
-        found.append(
-            click.Option(
-                names,
-                type=None if field.type is bool else _Knob(field),
-                default=None,
-                help=f"{field.metadata['help']}  [default: {default}]",
-            )
-        )
+        help = f"{field.metadata['help']}  [default: {default}]"
+        found.append(click.Option(names, type=None if switch else _Knob(field), default=None, help=help))
     return found
 
 

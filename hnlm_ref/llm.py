@@ -299,28 +299,24 @@ def add_lora(llm: Any, rank: int, alpha: int, dropout: float) -> Any:
     decoder = set(llm.get_decoder().modules())  # a model may see and hear too
     # By whole names: in GPT-2 the MLP has a c_proj too.
     names = [n for n, layer in llm.named_modules() if layer in decoder and isinstance(layer, linear) and "att" in n]
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names
-    )
-    return _with_own_dropout(peft.get_peft_model(llm, config))
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+    return _with_own_dropout(peft.get_peft_model(llm, lora))
 
 
 def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
     """Put a saved adapter on `llm`. A folder that is none, or holds other weights, is a UserError (cases D07, D08)."""
-    file = folder / "adapter_model.safetensors"
+    file, other = folder / "adapter_model.safetensors", f"{folder}: the adapter does not belong to this model"
     if not file.exists():
         raise UserError(f"{folder}: no PEFT adapter there (adapter_model.safetensors is missing)")
     try:
         model = _with_own_dropout(peft.PeftModel.from_pretrained(llm, folder, is_trainable=trainable))
     except (RuntimeError, ValueError, SafetensorError) as error:  # weights of another shape, a damaged file
-        raise UserError(
-            f"{folder}: the adapter does not belong to this model: {str(error).splitlines()[-1]}"
-        ) from error
+        raise UserError(f"{other}: {str(error).splitlines()[-1]}") from error
     saved, wanted = set(load_file(file)), set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != wanted:
         raise UserError(
-            f"{folder}: the adapter does not belong to this model: {len(wanted - saved)} of its weights are missing, "
-            f"{len(saved - wanted)} are unknown, for example {min(saved ^ wanted)}"
+            f"{other}: {len(wanted - saved)} of its weights are missing, {len(saved - wanted)} are unknown, "
+            f"for example {min(saved ^ wanted)}"
         )
     return model.eval()
 
@@ -386,18 +382,13 @@ def make_queries(
     end = encode(tokenizer, [QUERY_END])[0]
     of_user = encode(tokenizer, [fill(QUERY_USER, profile=user["profile"]) for user in users])
     of_item = encode(tokenizer, [fill(QUERY_ITEM, item=item_words(item)) for item in items])
-    room_user, room_item = max_user_tokens - len(bos), max_item_tokens - len(end) - 2 - len(eos)
-    needed = [len(ids) for ids in encode(tokenizer, [fill(QUERY_USER, profile=""), fill(QUERY_ITEM, item="")])]
-    if room_user <= needed[0] or room_item <= needed[1]:
-        least = [
-            limit - room + need + 1
-            for limit, room, need in zip(
-                (max_user_tokens, max_item_tokens), (room_user, room_item), needed, strict=True
-            )
-        ]
+    beside_user, beside_item = len(bos), len(end) + 2 + len(eos)  # tokens of a part that are never cut
+    room_user, room_item = max_user_tokens - beside_user, max_item_tokens - beside_item
+    bare_user, bare_item = map(len, encode(tokenizer, [fill(QUERY_USER, profile=""), fill(QUERY_ITEM, item="")]))
+    if room_user <= bare_user or room_item <= bare_item:
         raise UserError(
             f"max_user_tokens {max_user_tokens} and max_item_tokens {max_item_tokens} leave no room beside the "
-            f"instructions; the least that works is {least[0]} and {least[1]}"
+            f"instructions; the least that works is {beside_user + bare_user + 1} and {beside_item + bare_item + 1}"
         )
     n_shortened = sum(len(ids) > room_user for ids in of_user) + sum(len(ids) > room_item for ids in of_item)
     users_ids, item_ids = [bos + ids[:room_user] for ids in of_user], [ids[:room_item] for ids in of_item]
@@ -579,9 +570,7 @@ def load_negative_model(llm: Any, folder: Path, cf_user: np.ndarray, cf_item: np
 def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
     """head(h) of stored vectors, float [N, d_llm] -> float32 [N, d_out]."""
     device = model.cf_user.device
-    return np.concatenate(
-        [model.head(torch.from_numpy(h[s : s + 4096]).float().to(device)).cpu().numpy() for s in range(0, len(h), 4096)]
-    )
+    return torch.cat([model.head(some.float().to(device)).cpu() for some in torch.from_numpy(h).split(4096)]).numpy()
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------

@@ -33,9 +33,8 @@ def curves(name: str, series: Series, x_label: str, y_label: str, ticks: Sequenc
     for label, found in series.items():
         x, y = found[0]
         each = ", ".join(f"{tick} {value:.3g}" for tick, value in zip(ticks, y, strict=False))
-        told.append(
-            f"{label}: " + (each or f"{y[0]:.3g} at {x[0]:.3g}, {y[-1]:.3g} at {x[-1]:.3g}, highest {max(y):.3g}")
-        )
+        each = each or f"{y[0]:.3g} at {x[0]:.3g}, {y[-1]:.3g} at {x[-1]:.3g}, highest {max(y):.3g}"
+        told.append(f"{label}: {each}")
     return _svg(draw, f"{y_label} by {x_label}. {'; '.join(told)}", name, 3.2)
 
 

@@ -64,9 +64,8 @@ def ask_local(
     """Greedy answers in batches of prompts of like length; batches are those of all questions, whichever are `done`."""
     from hnlm_ref.llm import chat_ids, generate_texts, one_thread, sums_vary
 
-    prompts = sorted(
-        ((number, chat_ids(tokenizer, text)) for number, text in questions), key=lambda p: (len(p[1]), p[0])
-    )
+    prompts = [(number, chat_ids(tokenizer, text)) for number, text in questions]
+    prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0]))
     longest, room = len(prompts[-1][1]), getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
     if longest + cfg.max_new_tokens > room:
         raise UserError(

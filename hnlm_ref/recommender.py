@@ -81,9 +81,7 @@ def normalised_graph(train: Csr) -> Tensor:
     """The user-item graph, sparse CSR float32 [U + I, U + I]: weight 1 / sqrt(d_u d_i) both ways (case E05)."""
     users, items = train.pairs().T
     n = train.n_rows + train.n_cols
-    both = Csr.from_pairs(
-        np.concatenate([users, items + train.n_rows]), np.concatenate([items + train.n_rows, users]), n, n
-    )
+    both = Csr.from_pairs(np.r_[users, items + train.n_rows], np.r_[items + train.n_rows, users], n, n)
     scale = 1 / np.sqrt(np.maximum(both.degrees(), 1))
     rows, cols = both.pairs().T
     weights = torch.from_numpy((scale[rows] * scale[cols]).astype(np.float32))
@@ -140,9 +138,7 @@ class SemanticAdapter(nn.Module):
         self.attention = None
         if kind == "attention":
             if d_llm % n_pieces:
-                raise UserError(
-                    f"adapter attention: generated vectors of {d_llm} numbers are not {n_pieces} equal pieces"
-                )
+                raise UserError(f"adapter attention: vectors of {d_llm} numbers are not {n_pieces} equal pieces")
             self.attention = nn.MultiheadAttention(d_llm // n_pieces, num_heads=1, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(d_llm, hidden), nn.LeakyReLU(), nn.Linear(hidden, dim))
 

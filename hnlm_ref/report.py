@@ -168,9 +168,8 @@ def _lines(user: dict, titles: dict[int, str]) -> Iterable[str]:
     for method, items in user["lists"].items():
         found = f": {len(held & set(items))} of {len(held)} held-out items found"
         yield "\n" + click.style(f"{method} recommends", bold=True) + found
-        yield from (
-            click.style(f"  {'✓' if i in held else ' '} {titles[i]}", fg="green" if i in held else None) for i in items
-        )
+        for item in items:
+            yield click.style(f"  {'✓' if item in held else ' '} {titles[item]}", fg="green" if item in held else None)
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------

@@ -305,9 +305,7 @@ def load_generated(
     if by_item:
         row_of[place[(matches < 0).all(1)]] = -1
     coverage = (row_of >= 0).mean()
-    say(
-        f"generated negatives for {coverage:.1%} of {len(pairs):,} training pairs; the others keep the sampled negative"
-    )
+    say(f"generated negatives for {coverage:.1%} of {len(pairs):,} training pairs; the others keep sampled negatives")
     if coverage == 0 or coverage < min_coverage:
         raise UserError(
             f"{folder}: only {coverage:.1%} of the training pairs have a generated negative, min_coverage is "

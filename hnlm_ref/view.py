@@ -133,14 +133,13 @@ class View:
             history = self.prep.history(user)[::-1].tolist()
             rows = np.flatnonzero(self.generated["pairs"][:, 0] == user).tolist()
             rows.sort(key=lambda row: history.index(self.generated["pairs"][row, 1]))
+            own_scores = {method: table[n] for method, table in scores.items()}
             story = {
                 "key": self.prep.users[user]["key"],
                 "history": history[:N_HISTORY],
                 "n_history": len(history),
                 "n_free": len(free),
-                "pairs": [
-                    self._pair(row, free, {m: table[n] for m, table in scores.items()}) for row in rows[:N_PAIRS]
-                ],
+                "pairs": [self._pair(row, free, own_scores) for row in rows[:N_PAIRS]],
                 "lists": {method: table[n][table[n] >= 0].tolist() for method, table in lists.items()},
                 "held_out": held_out.row(n).tolist(),
             }
@@ -173,9 +172,7 @@ def open_runs(folders: Sequence[Path]) -> list[View]:
     for view in views[1:]:
         if view.metrics["k"] != views[0].metrics["k"]:
             told = (f"{v.run.dir}: {','.join(map(str, v.metrics['k']))}" for v in (views[0], view))
-            raise UserError(
-                f"the runs were evaluated with different K ({'; '.join(told)}); run eval again with one --k"
-            )
+            raise UserError(f"the runs were evaluated with different K ({'; '.join(told)}); rerun eval with one --k")
     if len({view.name for view in views}) < len(views):
         for view in views:
             view.name = str(view.run.dir)

@@ -163,9 +163,8 @@ def compare(readings: dict[str, tuple[int, int, int]], published: tuple[int, ...
     distance = {}
     for name, ours in readings.items():
         distance[name] = sum(abs(np.log(o / p)) for o, p in zip(ours, published, strict=True))
-        say(
-            f"[prep] {name:55}" + " ".join(f"{o:>10,} ({o / p - 1:+.1%})" for o, p in zip(ours, published, strict=True))
-        )
+        figures = (f"{o:>10,} ({o / p - 1:+.1%})" for o, p in zip(ours, published, strict=True))
+        say(f"[prep] {name:55}" + " ".join(figures))
     say(f"[prep] nearest: {min(distance, key=lambda name: distance[name])}")
 
 

@@ -263,10 +263,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state["step"] += 1
         bar.update()
         if state["step"] % cfg.eval_every == 0 or state["step"] == n_steps:
-            seen = accelerate.utils.reduce(
-                torch.tensor([state["sum"], state["n"]], dtype=torch.float64, device=device), "sum"
-            ).tolist()
-            state["log"].append({"step": state["step"], "loss": round(seen[0] / seen[1], 6), **look()})
+            seen = torch.tensor([state["sum"], state["n"]], dtype=torch.float64, device=device)
+            loss_sum, n = accelerate.utils.reduce(seen, "sum").tolist()
+            state["log"].append({"step": state["step"], "loss": round(loss_sum / n, 6), **look()})
             state |= {"sum": 0.0, "n": 0}
             say(f"[sft] {state['log'][-1]}")
             if not np.isfinite(list(state["log"][-1].values())).all():

@@ -121,9 +121,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     pairs = negatives.choose_pairs(prep.train, cfg.pairs_per_user, run.seed)  # [N, 2]
     if cfg.mode == "embedding":
         # Rows: a user with up to `pairs_per_row` items, so that the user's part is computed once for all of them.
-        queries = llm.make_queries(
-            tokenizer, prep.users, prep.items, knobs["max_user_tokens"], knobs["max_item_tokens"]
-        )
+        limits = knobs["max_user_tokens"], knobs["max_item_tokens"]
+        queries = llm.make_queries(tokenizer, prep.users, prep.items, *limits)
         starts = np.searchsorted(pairs[:, 0], np.arange(prep.n_users + 1))
         rows = [
             queries.row(u, pairs[low : min(low + cfg.pairs_per_row, end), 1].tolist(), soft=cfg.tuned)
@@ -145,27 +144,21 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     else:
         # One question per pair; a pair without an answer has no negative: it is counted, and left out from here on.
         questions = [prompts.negative_prompt(prep.users[u], prep.items[i]) for u, i in pairs]
-        answer = (
-            partial(profiles.ask_server, cfg) if cfg.endpoint else partial(profiles.ask_local, base, tokenizer, cfg)
-        )
-        titles, about = (
-            [prep.items[i]["title"] for i in pairs[:, 1]],
-            [{"user": int(u), "item": int(i)} for u, i in pairs],
-        )
+        local = partial(profiles.ask_local, base, tokenizer, cfg)
+        answer = partial(profiles.ask_server, cfg) if cfg.endpoint else local
+        titles = [prep.items[i]["title"] for i in pairs[:, 1]]
+        about = [{"user": int(u), "item": int(i)} for u, i in pairs]
         of = profiles.answers_depend_on(cfg, knobs["model"])
         replies = profiles.ask(questions, about, out / "texts.jsonl", answer, prompts.NEGATIVE_KEY, titles, of)
-        counts["statuses"] = dict(Counter(reply.status for reply in replies))
+        counts["statuses"] = statuses = dict(Counter(reply.status for reply in replies))
         said = [reply.text for reply in replies if reply.text is not None]
-        say(f"[generate] answers: {counts['statuses']}")
+        say(f"[generate] answers: {statuses}")
         if not said:
-            raise UserError(
-                f"none of {len(replies)} answers names an item ({counts['statuses']}); see {out / 'texts.jsonl'}"
-            )
+            raise UserError(f"none of {len(replies)} answers names an item ({statuses}); see {out / 'texts.jsonl'}")
         pairs = pairs[[reply.text is not None for reply in replies]]
         # Around the mean of the catalogue's titles: around their own, two answers would be each other's opposite.
-        vectors = llm.text_vectors(
-            base, tokenizer, [*(item["title"] or prompts.NO_TITLE for item in prep.items), *said]
-        )
+        named = [item["title"] or prompts.NO_TITLE for item in prep.items]
+        vectors = llm.text_vectors(base, tokenizer, named + said)
         h = (vectors[prep.n_items :] - vectors[: prep.n_items].mean(axis=0)).astype(np.float16)
     save_npy(out / "pairs.npy", pairs)
     save_npy(out / "embeddings.npy", h)
@@ -178,22 +171,19 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     refused = blocked.indptr, blocked.indices
     if cfg.mode == "text" and cfg.match == "title":
         catalogue = [item["title"] for item in prep.items]
-        matches, scores = _core.match_titles(
-            said, catalogue, users, *refused, cfg.n_matches, max(cfg.min_similarity, 0.0)
-        )
+        lowest = max(cfg.min_similarity, 0.0)
+        matches, scores = _core.match_titles(said, catalogue, users, *refused, cfg.n_matches, lowest)
     else:
         if tuned:
             z = llm.apply_head(model, h)  # [N, d_out]
         else:
             z = h.astype(np.float32) - (0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32))
         band = cfg.min_similarity, cfg.max_similarity
-        matches, scores = _core.match_items(
-            z, item_vectors, users, *refused, cfg.n_matches, *band, run.n_threads
-        )  # [N, m]
+        matches, scores = _core.match_items(z, item_vectors, users, *refused, cfg.n_matches, *band, run.n_threads)
     if (matches < 0).all():
         raise UserError("no negative matches any item; widen min_similarity and max_similarity, or lower skip_ranks")
     save_npy(out / "item_vectors.npy", item_vectors)
-    save_npy(out / "matches.npy", matches)
+    save_npy(out / "matches.npy", matches)  # [N, m]
     save_npy(out / "match_scores.npy", scores)
 
     # What these negatives are like, beside sampled ones.

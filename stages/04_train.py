@@ -49,9 +49,7 @@ class TrainConfig:
     base_sampler: str = knob("uniform", "hnlm, hnlm_matched: sampler of j", ORDINARY)
     mix_alpha: float = knob(0.1, "hnlm: weight of e_hard in the mixture (alpha); 0 is the base sampler", low=0, high=1)
     n_matched: int = knob(1, "hnlm_matched, hnlm_pool: matched items that compete for a row's negative", low=1)
-    match_temperature: float = knob(
-        0.1, "hnlm_matched, hnlm_pool: temperature of the draw among matched items", low=1e-6
-    )
+    match_temperature: float = knob(0.1, "hnlm_matched, hnlm_pool: temperature of drawing matched items", low=1e-6)
     matched_share: float = knob(1.0, "hnlm_matched, hnlm_pool: share of the rows that see matched items", low=0, high=1)
     n_ramp_epochs: int = knob(0, "epochs over which alpha and matched_share rise to their value", low=0)
     min_coverage: float = knob(0.5, "refuse when fewer of the training pairs have a generated negative", low=0, high=1)
