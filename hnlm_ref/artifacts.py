@@ -521,8 +521,5 @@ def _remove(folder: Path) -> None:
 def _versions() -> dict[str, str]:
     """Versions of what the stage has loaded, for the manifest."""
     loaded = [name for name in ("numpy", "polars", "torch", "transformers", "peft") if name in sys.modules]
-    return {
-        "hnlm-ref": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in loaded},
-    }
+    ours = {"hnlm-ref": __version__, "python": platform.python_version()}
+    return ours | {name: importlib.metadata.version(name) for name in loaded}

@@ -47,8 +47,7 @@ def export(run_dir: Path, what: str, kind: str, out: Path | None = None, method:
     out = out or run_dir / "export" / what
     out.mkdir(parents=True, exist_ok=True)
     suffixes = {"user_embeddings": "useremb", "item_embeddings": "itememb"}  # RecBole's
-    names = (f"{what}.{suffixes.get(t, 'inter')}" if kind == "recbole" else f"{t}.{kind}" for t in tables)
-    paths = [out / name for name in names]
+    paths = [out / (f"{what}.{suffixes.get(t, 'inter')}" if kind == "recbole" else f"{t}.{kind}") for t in tables]
     for path, blocks in zip(paths, tables.values(), strict=True):
         try:
             with atomic(path) as temporary, temporary.open("wb") as file:

@@ -225,15 +225,11 @@ class StageCommand(click.Command):
         self.stage, self.config, self.main_function = stage, config, main
         self.reads, self.files, self.folder = reads, files, folder
         self.source = Path(main.__code__.co_filename)
-        doc = inspect.cleandoc(main.__globals__["__doc__"] or "")
+        help = inspect.cleandoc(main.__globals__["__doc__"] or "").partition("\n\n")[0]
         several = () if stage == "eval" else ("n_seeds", "methods")  # only eval looks at more than one training
         self.run_fields = [f for f in dataclasses.fields(RunConfig) if f.name not in several]
-        super().__init__(
-            stage,
-            params=[*COMMON, *options(dataclasses.fields(config)), *options(self.run_fields)],
-            callback=self._call,
-            help=doc.partition("\n\n")[0],
-        )
+        params: list[click.Parameter] = [*COMMON, *options(dataclasses.fields(config)), *options(self.run_fields)]
+        super().__init__(stage, params=params, callback=self._call, help=help)
 
     def configure(self, tables: dict[str, dict], typed: tuple[str, dict]) -> Any:
         """The stage's knobs from all layers. Training reads its method's table too."""

@@ -576,15 +576,13 @@ def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
 # ---- texts ------------------------------------------------------------------------------------------------------
 
 
-def text_vectors(
-    llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 16, max_tokens: int = TEXT_TOKENS
-) -> np.ndarray:
+def text_vectors(llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 16) -> np.ndarray:
     """Mean of the last hidden states over each text's tokens and its EOS, centred over the texts; float32 [n, d_llm].
 
     BOS is shared and left out of the mean; an empty text is its EOS alone (case D18).
     """
     bos, eos = special_ids(tokenizer)
-    parts = [ids[:max_tokens] + eos for ids in encode(tokenizer, texts)]
+    parts = [ids[:TEXT_TOKENS] + eos for ids in encode(tokenizer, texts)]
     device = llm.get_input_embeddings().weight.device
     batches = cut(parts, batch_size)
 

@@ -35,17 +35,9 @@ def evaluate(
     Returns   {"recall@10": float64 [U], ...} for each metric and each K, all from one pass (case G04)
     Raises    ValueError naming the first user or item with a non-finite vector (case C11)
     """
-    ranks = _core.test_ranks(
-        np.ascontiguousarray(user_emb, np.float32),
-        np.ascontiguousarray(item_emb, np.float32),
-        exclude.indptr,
-        exclude.indices,
-        held_out.indptr,
-        held_out.indices,
-        max(ks),
-        n_threads,
-    )
-    return from_ranks(ranks, held_out, ks)
+    user_emb, item_emb = (np.ascontiguousarray(table, np.float32) for table in (user_emb, item_emb))
+    graphs = exclude.indptr, exclude.indices, held_out.indptr, held_out.indices
+    return from_ranks(_core.test_ranks(user_emb, item_emb, *graphs, max(ks), n_threads), held_out, ks)
 
 
 def recommend(

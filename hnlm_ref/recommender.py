@@ -122,24 +122,24 @@ class SemanticAdapter(nn.Module):
     kind    "mlp" (released code), or "attention": self-attention, then the MLP (the paper's figure)
     mean, deviation   float32 [d_llm] of the generated vectors. Choice: raw hidden states are nearly parallel, so
             they are standardised first.
-    Choice: no ReLU behind the last layer, item vectors are signed (case X13). Attention runs between `n_heads`
+    Choice: no ReLU behind the last layer, item vectors are signed (case X13). Attention runs between `n_pieces`
     equal pieces of the one vector, so that a result does not depend on the rest of its batch.
     """
 
     mean: Tensor
     deviation: Tensor
+    n_pieces = 8
 
-    def __init__(self, mean: np.ndarray, deviation: np.ndarray, dim: int, hidden: int, kind: str, n_pieces: int = 8):
+    def __init__(self, mean: np.ndarray, deviation: np.ndarray, dim: int, hidden: int, kind: str):
         super().__init__()
         d_llm = len(mean)
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("deviation", torch.from_numpy(deviation))
-        self.n_pieces = n_pieces
         self.attention = None
         if kind == "attention":
-            if d_llm % n_pieces:
-                raise UserError(f"adapter attention: vectors of {d_llm} numbers are not {n_pieces} equal pieces")
-            self.attention = nn.MultiheadAttention(d_llm // n_pieces, num_heads=1, batch_first=True)
+            if d_llm % self.n_pieces:
+                raise UserError(f"adapter attention: vectors of {d_llm} numbers are not {self.n_pieces} equal pieces")
+            self.attention = nn.MultiheadAttention(d_llm // self.n_pieces, num_heads=1, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(d_llm, hidden), nn.LeakyReLU(), nn.Linear(hidden, dim))
 
     def forward(self, h: Tensor) -> Tensor:

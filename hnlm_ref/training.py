@@ -171,17 +171,7 @@ def load_checkpoint(path: Path, optimiser: torch.optim.Optimizer, model: nn.Modu
 
 
 def warm_up(
-    train: Csr,
-    valid: Csr,
-    *,
-    seed: int,
-    device: str,
-    n_threads: int = 0,
-    dim: int = 64,
-    n_layers: int = 2,
-    pool_size: int = 4,
-    lambda_reg: float = 1e-4,
-    **schedule: Any,
+    train: Csr, valid: Csr, *, seed: int, device: str, n_threads: int = 0, dim: int = 64, **schedule: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """The collaborative signal c_u, c_i: LightGCN with DNS negatives, trained on train only, early stopped on valid.
 
@@ -189,25 +179,17 @@ def warm_up(
     Returns float32 [U, d] and [I, d], deterministic on a CPU.
     """
     torch.manual_seed(epoch_seed(seed, 0))
-    encoder = LightGCN(train, dim, n_layers).to(device)
-    sampler = Sampler("dns", train, pool_size=pool_size, n_threads=n_threads)
+    encoder = LightGCN(train, dim, n_layers=2).to(device)
+    sampler = Sampler("dns", train, pool_size=4, n_threads=n_threads)
 
     def batch_loss(batch: Batch, layers: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         user_emb, item_emb = encoder.split(layers)
         e_u, e_i = functional.embedding(batch.users, user_emb), functional.embedding(batch.items, item_emb)  # [B, d]
         j, e_j = sampler.pick(batch, layers, user_emb, item_emb)  # [B, 1], [B, 1, d]
         rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
-        return rank + lambda_reg * encoder.l2(batch, j), {}
+        return rank + 1e-4 * encoder.l2(batch, j), {}
 
-    fit(
-        nn.ModuleDict({"encoder": encoder}),
-        batch_loss,
-        sampler.draw,
-        trainable_pairs(train),
-        train,
-        valid,
-        seed=seed,
-        n_threads=n_threads,
-        **{"n_epochs": 60, "patience": 5} | schedule,
-    )
+    model = nn.ModuleDict({"encoder": encoder})
+    schedule = {"n_epochs": 60, "patience": 5, "seed": seed, "n_threads": n_threads} | schedule
+    fit(model, batch_loss, sampler.draw, trainable_pairs(train), train, valid, **schedule)
     return embeddings(encoder)

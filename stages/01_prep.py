@@ -121,13 +121,8 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     items = data.read_items(layout, log.items, cfg.text_chars, bad, counts)
     train = log.take(part == 0)
     users = data.read_users(train, [item["title"] for item in items], cfg.profile_titles)
-    made = Prep(
-        users,
-        items,
-        *(Csr.from_pairs(log.user[part == n], log.item[part == n], len(users), len(items)) for n in (0, 1)),
-        data.oldest_first(train),
-    )
-    test = Csr.from_pairs(log.user[part == 2], log.item[part == 2], len(users), len(items))
+    sets = [Csr.from_pairs(log.user[part == n], log.item[part == n], len(users), len(items)) for n in range(3)]
+    made = Prep(users, items, *sets[:2], data.oldest_first(train))
     reviews = []
     if cfg.review_chars and "text" in layouts[0].columns:
         reviews = data.read_reviews(layouts[0], train, cfg.review_chars, None if layouts[2] else cfg.min_rating)
@@ -138,7 +133,7 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     # Save.
     save_jsonl(run.out / "users.jsonl", users)
     save_jsonl(run.out / "items.jsonl", items)
-    for name, pairs in zip(data.PARTS, (made.train, made.valid, test), strict=True):
+    for name, pairs in zip(data.PARTS, sets, strict=True):
         save_csr(run.out, name, pairs)
     save_npy(run.out / "train.order.npy", made.order)
     if reviews:

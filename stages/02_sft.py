@@ -142,11 +142,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if not users:
         left = f"only {len(mined)} users have an item not taken, nor refused by guard_threshold, as a negative"
         raise UserError(f"{left}; at least one to tune on and one held out are needed")
-    counted = {
-        "users without an item to mine": len(some) - len(mined),
-        "model fingerprint": fingerprint,
-        "dtype": str(base.dtype).removeprefix("torch."),
-    }
+    counted = {"users without an item to mine": len(some) - len(mined), "model fingerprint": fingerprint}
+    counted["dtype"] = str(base.dtype).removeprefix("torch.")
     mined = {u: mined[u] for u in (*held_out, *users)}
     if team.is_main_process:
         triplets = (
@@ -205,10 +202,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
             cosine = torch.nn.functional.normalize(o, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T  # [B, I]
             to_p, to_n = cosine.gather(1, j), cosine.gather(1, i[:, None])
             figures = all_losses(o, u, i, j)
-            figures |= {
-                "accuracy": (to_p > to_n).float().mean(),
-                "rank_of_positive": (cosine[:, None] > to_p[:, :, None]).float().mean(),
-            }
+            figures["accuracy"] = (to_p > to_n).float().mean()
+            figures["rank_of_positive"] = (cosine[:, None] > to_p[:, :, None]).float().mean()
             totals.update({f"held_out_{name}": len(u) * float(figure) for name, figure in figures.items()})
             n += len(u)
         model.train()

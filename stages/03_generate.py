@@ -102,10 +102,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     knobs = tuning["knobs"]
     if file_fingerprint(resolve_path(knobs["model"])) != tuning["counts"]["model fingerprint"]:
         raise UserError(f"model {knobs['model']} is no longer the one that was tuned; run hnlm-ref sft again")
-    cf, text = (
-        [load_npy(sft / f"{kind}.npy") for kind in kinds]
-        for kinds in (("cf_user", "cf_item"), ("user_text", "item_text"))
-    )
+    cf = [load_npy(sft / f"cf_{side}.npy") for side in ("user", "item")]
+    text = [load_npy(sft / f"{side}_text.npy") for side in ("user", "item")]
     if cfg.skip_ranks and (prep.n_items - prep.train.degrees() <= cfg.skip_ranks).all():
         raise UserError(f"skip_ranks {cfg.skip_ranks} leaves nobody an item to match of {prep.n_items}; lower it")
     llm.set_threads(run.n_threads)
