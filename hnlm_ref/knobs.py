@@ -219,11 +219,19 @@ def open_run(preset: str | None, quiet: bool, params: dict) -> tuple[dict[str, d
 
 
 class StageCommand(click.Command):
-    """The command of one stage: its dataclass as options, its `main` behind skip, resume and manifest."""
+    """The command of one stage: its dataclass as options, its `main` behind skip, resume and manifest.
 
-    def __init__(self, stage: str, config: type, main: Callable, reads: Any, files: Callable, folder: Callable):
-        self.stage, self.config, self.main_function = stage, config, main
-        self.reads, self.files, self.folder = reads, files, folder
+    main    (config, Run) -> {"counts": ..., "timing": ...}
+    reads   names of the stages it reads, or a function of (config, Run) giving them
+    files   function of the config giving names of outside files that go into the result
+    folder  function of (config, Run) giving the stage's folder; the stage's name if not given
+    """
+
+    def __init__(
+        self, stage: str, config: type, main: Callable, reads: Any = (), files: Any = None, folder: Any = None
+    ):
+        self.stage, self.config, self.main_function, self.reads = stage, config, main, reads
+        self.files, self.folder = files or (lambda cfg: ()), folder or (lambda cfg, run: stage)
         self.source = Path(main.__code__.co_filename)
         help = inspect.cleandoc(main.__globals__["__doc__"] or "").partition("\n\n")[0]
         several = () if stage == "eval" else ("n_seeds", "methods")  # only eval looks at more than one training
@@ -257,21 +265,3 @@ class StageCommand(click.Command):
             cfg = self.configure(tables, given(self.config, params))
             folder, knobs, inputs, key = self.plan(cfg, run)
             run_stage(folder, run, knobs, inputs, key, lambda run: self.main_function(cfg, run))
-
-
-def stage_command(
-    stage: str,
-    config: type,
-    main: Callable,
-    reads: Any = (),
-    files: Callable = lambda cfg: (),
-    folder: Callable | None = None,
-) -> StageCommand:
-    """Make the command of a stage.
-
-    main    (config, Run) -> {"counts": ..., "timing": ...}
-    reads   names of the stages it reads, or a function of (config, Run) giving them
-    files   function of the config giving names of outside files that go into the result
-    folder  function of (config, Run) giving the stage's folder; the stage's name if not given
-    """
-    return StageCommand(stage, config, main, reads, files, folder or (lambda cfg, run: stage))

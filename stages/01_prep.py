@@ -12,7 +12,7 @@ import numpy as np
 
 from hnlm_ref.artifacts import Csr, Prep, Run, resolve_path, save_csr, save_jsonl, save_npy
 from hnlm_ref.console import UserError, say
-from hnlm_ref.knobs import knob, stage_command
+from hnlm_ref.knobs import StageCommand, knob
 from hnlm_ref.profiles import AskConfig, write_profiles
 
 
@@ -169,6 +169,6 @@ def files(cfg: PrepConfig) -> list[str]:
     return [name for name in names if name not in (None, "toy", "tiny")]
 
 
-command = stage_command("prep", PrepConfig, main, files=files)
+command = StageCommand("prep", PrepConfig, main, files=files)
 if __name__ == "__main__":
     command()

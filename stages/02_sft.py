@@ -14,7 +14,7 @@ import numpy as np
 
 from hnlm_ref.artifacts import Run, file_fingerprint, load_json, load_npy, own_share, resolve_path, save_jsonl, save_npy
 from hnlm_ref.console import UserError, progress, say
-from hnlm_ref.knobs import knob, stage_command
+from hnlm_ref.knobs import StageCommand, knob
 
 
 @dataclass(frozen=True)
@@ -290,6 +290,6 @@ def files(cfg: SftConfig) -> list[str]:
     return [name for name in (cfg.model, cfg.init_from) if name not in (None, "tiny")]
 
 
-command = stage_command("sft", SftConfig, main, reads=("prep",), files=files)
+command = StageCommand("sft", SftConfig, main, reads=("prep",), files=files)
 if __name__ == "__main__":
     command()

@@ -19,7 +19,7 @@ import numpy as np
 
 from hnlm_ref.artifacts import Run, file_fingerprint, load_npy, own_share, resolve_path, save_json, save_npy
 from hnlm_ref.console import UserError, progress, say
-from hnlm_ref.knobs import knob, stage_command
+from hnlm_ref.knobs import StageCommand, knob
 from hnlm_ref.profiles import AskConfig
 
 
@@ -203,6 +203,6 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     return {"counts": counts, "timing": timing}
 
 
-command = stage_command("generate", GenerateConfig, main, reads=("prep", "sft"))
+command = StageCommand("generate", GenerateConfig, main, reads=("prep", "sft"))
 if __name__ == "__main__":
     command()

@@ -18,7 +18,7 @@ import numpy as np
 
 from hnlm_ref.artifacts import Run, load_npy, resolve_path, save_jsonl, save_npy
 from hnlm_ref.console import UserError, say
-from hnlm_ref.knobs import knob, stage_command
+from hnlm_ref.knobs import StageCommand, knob
 
 GENERATED = ("hnlm", "hnlm_matched", "hnlm_pool")  # the samplers that read stage 3
 ORDINARY = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns")
@@ -234,7 +234,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     }
 
 
-command = stage_command(
+command = StageCommand(
     "train",
     TrainConfig,
     main,

@@ -29,7 +29,7 @@ import numpy as np
 
 from hnlm_ref.artifacts import Csr, Run, load_npy, save_json, save_npy
 from hnlm_ref.console import UserError
-from hnlm_ref.knobs import knob, stage_command
+from hnlm_ref.knobs import StageCommand, knob
 
 N_POPULARITY, N_ACTIVITY = 10, 5
 
@@ -127,6 +127,6 @@ def reads(cfg: EvalConfig, run: Run) -> list[str]:
     return ["prep", *extra, *run.trained()]
 
 
-command = stage_command("eval", EvalConfig, main, reads=reads)
+command = StageCommand("eval", EvalConfig, main, reads=reads)
 if __name__ == "__main__":
     command()

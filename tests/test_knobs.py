@@ -10,7 +10,7 @@ import pytest
 from hnlm_ref.artifacts import STAGES, Run
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import QUIET, UserError
-from hnlm_ref.knobs import RunConfig, cast, check, knob, load_preset, method_knobs, open_run, resolve, stage_command
+from hnlm_ref.knobs import RunConfig, StageCommand, cast, check, knob, load_preset, method_knobs, open_run, resolve
 from hnlm_ref.profiles import AskConfig
 
 
@@ -142,7 +142,7 @@ def test_a_stage_gets_what_the_command_line_its_preset_and_the_defaults_say(tmp_
     preset, seen = tmp_path / "mine.toml", []
     shared = f"run_dir = '{tmp_path}/x/{{preset}}'\nseed = 3\nn_seeds = 2\nmethods = ['b', 'a', 'b']\nn_threads = 2\n"
     preset.write_text(f"[run]\n{shared}[prep]\nn_epochs = 5\nlr = 0.5\n", encoding="utf-8")
-    command = stage_command("prep", Config, lambda cfg, run: seen.append((cfg, run)) or {})
+    command = StageCommand("prep", Config, lambda cfg, run: seen.append((cfg, run)) or {})
     command.main(["--preset", str(preset), "--lr", "0.2", "--deep", "--device", "cpu"], standalone_mode=False)
     folder = tmp_path / "x" / "mine"
     run = Run(folder, 3, "cpu", 2, str(preset), ("b", "a"), 2, folder / ".prep.partial")
@@ -163,7 +163,7 @@ class Train:
 
 
 def test_a_training_reads_the_table_of_its_method_between_the_stage_s_and_the_command_line():
-    configure = stage_command("train", Train, lambda cfg, run: {}).configure
+    configure = StageCommand("train", Train, lambda cfg, run: {}).configure
     tables = {"train": {"method": "hard", "lr": 0.5}, "methods": {"hard": {"sampler": "dns", "lr": 0.25}}}
     for words, wanted in (
         ({}, Train("hard", "dns", 0.25)),
@@ -184,7 +184,7 @@ def test_a_training_reads_the_table_of_its_method_between_the_stage_s_and_the_co
 
 
 def test_help_gives_each_knob_the_kind_of_its_value_and_its_default():
-    command = stage_command("prep", Config, lambda cfg, run: {})
+    command = StageCommand("prep", Config, lambda cfg, run: {})
     text = " ".join(command.get_help(click.Context(command)).split())
     for line in (
         "Knobs: where a value comes from, and what is said when it is wrong. Options:",
