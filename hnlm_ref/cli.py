@@ -77,11 +77,9 @@ class _All(click.Command):
 
     def format_epilog(self, ctx, formatter):
         for stage in STAGES:
-            rows = []
-            for option in options(dataclasses.fields(load_stage(stage).config)):
-                rows.append((f"-o {stage}.{option.name}=", option.help or ""))
+            knobs = options(dataclasses.fields(load_stage(stage).config))
             with formatter.section(f"Knobs of {stage}"):
-                formatter.write_dl(rows)
+                formatter.write_dl([(f"-o {stage}.{knob.name}=", knob.help or "") for knob in knobs])
 
 
 def _overrides(words: tuple[str, ...]) -> dict[str, dict[str, str]]:

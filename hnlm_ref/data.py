@@ -4,6 +4,7 @@ Ids stay text (*key*) until `read_logs` numbers them in sorted order; after that
 by (user, item) before anything is drawn, so no result depends on the order of the input rows (case A17).
 """
 
+import bisect
 import html
 import random
 import re
@@ -152,11 +153,8 @@ def k_core(log: Log, k: int, passes: list[int] | None = None, n_passes: float = 
 
 def largest_k(log: Log) -> int:
     """The largest k whose k-core is not empty (by halving: a k-core holds the (k+1)-core)."""
-    low, high = 0, int(min(np.bincount(log.user).max(), np.bincount(log.item).max())) if len(log) else 0
-    while low < high:
-        k = (low + high + 1) // 2
-        low, high = (k, high) if len(k_core(log, k)) else (low, k - 1)
-    return low
+    most = min(np.bincount(log.user).max(), np.bincount(log.item).max()) if len(log) else 0
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda k: not len(k_core(log, k)))
 
 
 def renumber(log: Log) -> Log:

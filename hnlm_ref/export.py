@@ -72,15 +72,13 @@ def _negatives(view: View, folder: Path | None) -> Iterator[Block]:
     elif view.run.has("generate"):
         rows, columns = np.nonzero(made["matches"] >= 0)
         pairs, negatives, replies = made["pairs"][rows], made["matches"][rows, columns], made["replies"]
+        scores = made["match_scores"][rows, columns]
     else:
         raise UserError(f"{view.run.dir} holds no generated negatives; name a --method for those of its sampler")
     for start in range(0, len(pairs), BLOCK):
         block = slice(start, start + BLOCK)
         (user, item), negative = pairs[block].T, negatives[block]
-        if folder:
-            score = (user_emb[user] * item_emb[negative]).sum(1)
-        else:
-            score = made["match_scores"][rows[block], columns[block]]
+        score = (user_emb[user] * item_emb[negative]).sum(1) if folder else scores[block]
         text = np.array([replies[row]["text"] for row in rows[block]]) if replies else titles[negative]
         source = np.full(len(user), "sampler" if folder else "llm")
         yield {
