@@ -7,7 +7,8 @@ use crate::simd::{self, Steps};
 #[derive(Clone, Copy)]
 pub struct CsrView<'a> {
     indptr: &'a [i64],
-    indices: &'a [i32],
+    /// The items of all rows, unchecked.
+    pub indices: &'a [i32],
     pub n_cols: usize,
     names: (&'static str, &'static str),
 }
@@ -44,11 +45,6 @@ impl<'a> CsrView<'a> {
 
     pub fn n_rows(&self) -> usize {
         self.indptr.len() - 1
-    }
-
-    /// The items of all rows, unchecked.
-    pub fn items(&self) -> &'a [i32] {
-        self.indices
     }
 
     pub fn nnz(&self) -> usize {

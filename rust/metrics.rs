@@ -28,7 +28,7 @@ pub fn ranks_in_lists(lists: &[i32], k: usize, held_out: CsrView, ranks: &mut [i
 /// nothing held out. The "items" of `ranks` are the ranks of a user's held-out items.
 pub fn user_metrics(ranks: CsrView, ks: &[i64], out: &mut [f64]) -> Result<()> {
     let spans = (0..ranks.n_rows()).map(|user| ranks.span(user)).collect::<Result<Vec<_>>>()?;
-    let ranks = ranks.items();
+    let ranks = ranks.indices;
     if let Some(position) = ks.iter().position(|&k| k < 1) {
         return Err(Error::Argument { name: "ks", found: ks[position].to_string(), expected: "1 or more" });
     }

@@ -109,7 +109,7 @@ pub struct Order {
 impl Order {
     pub fn by_popularity(users: CsrView) -> Self {
         let mut count = vec![0u32; users.n_cols];
-        for &item in users.items() {
+        for &item in users.indices {
             if let Some(n) = count.get_mut(item as usize) {
                 *n += 1;
             }
