@@ -509,7 +509,6 @@ class NegativeModel(nn.Module):
 
     cf_user: Tensor
     cf_item: Tensor
-    head: "Head"
 
     def __init__(self, llm: Any, cf_user: np.ndarray, cf_item: np.ndarray, d_out: int):
         super().__init__()

@@ -62,7 +62,7 @@ def ask_local(
     llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()
 ) -> Answers:
     """Greedy answers in batches of prompts of like length; batches are those of all questions, whichever are `done`."""
-    from hnlm_ref.llm import chat_ids, generate_texts, one_thread, sums_vary
+    from hnlm_ref.llm import chat_ids, cut, generate_texts, one_thread, sums_vary
 
     prompts = [(number, chat_ids(tokenizer, text)) for number, text in questions]
     prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0]))
@@ -72,8 +72,7 @@ def ask_local(
             f"a question of {longest} tokens and max_new_tokens {cfg.max_new_tokens} are more than the {room} places "
             "of the model; lower profile_titles, text_chars or review_chars of prep"
         )
-    for start in range(0, len(prompts), cfg.ask_batch_size):
-        some = dict(prompts[start : start + cfg.ask_batch_size])
+    for some in map(dict, cut(prompts, cfg.ask_batch_size)):
         if left := [number for number in some if number not in done]:
             with one_thread() if sums_vary(llm) else contextlib.nullcontext():
                 texts = generate_texts(llm, tokenizer, list(some.values()), cfg.max_new_tokens)

@@ -18,9 +18,7 @@ from hnlm_ref.console import UserError
 from hnlm_ref.view import View
 
 N_EXPLORED = 200  # Choice: users in a page's explorer
-
 LISTS = ("coverage", "Gini", "head share")  # in the order of metrics.json
-
 Cells = list[list[str]]
 
 

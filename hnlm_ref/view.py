@@ -100,8 +100,7 @@ class View:
         for seed, manifest in zip(self.methods[method], self.training(method), strict=True):
             log = load_jsonl(self.run.dir / "train" / method / seed / "log.jsonl")
             times = np.cumsum([0, *manifest["timing"]["epoch_seconds"]])
-            told = [row for row in log if row.get(key) is not None]
-            if told:
+            if told := [row for row in log if row.get(key) is not None]:
                 x = [float(times[row["epoch"]]) if by_second else row["epoch"] for row in told]
                 found.append((x, [row[key] for row in told]))
         return found

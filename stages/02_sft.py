@@ -23,9 +23,7 @@ class SftConfig:
 
     # model
     model: str = knob("tiny", "tiny, a folder, a hub id, a .gguf file, or package:NAME/path")
-    dtype: str = knob(
-        "auto", "of the frozen weights; auto: bfloat16 on a GPU or a CPU with AMX", ("auto", "float32", "bfloat16")
-    )
+    dtype: str = knob("auto", "frozen weights; auto: bfloat16 on GPU or CPU with AMX", ("auto", "float32", "bfloat16"))
     attention: str = knob(
         "sdpa", "of transformers; eager tunes faster on short prompts in bfloat16 on a CPU", ("sdpa", "eager")
     )
@@ -33,9 +31,7 @@ class SftConfig:
     checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     max_user_tokens: int = knob(64, "tokens of a prompt's user part, instruction included", low=1)
     max_item_tokens: int = knob(24, "tokens of a prompt's item part, soft tokens and EOS included", low=1)
-    init_from: str | None = knob(
-        None, "sft folder of another run: LoRA and soft tokens start from it; with n_epochs 0 that is transfer"
-    )
+    init_from: str | None = knob(None, "another sft folder: LoRA and soft tokens start there; n_epochs 0 is transfer")
     lora_rank: int = knob(32, "rank of LoRA (r)", low=1)
     lora_alpha: int = knob(64, "scale of LoRA is alpha / r", low=1)
     lora_dropout: float = knob(0.05, "dropout in LoRA", low=0, high=0.99)

@@ -60,13 +60,12 @@ def in_shards(
 
     from hnlm_ref.llm import cut, in_parallel, n_tokens
 
-    sizes = list(map(n_tokens, rows))
+    sizes, starts = list(map(n_tokens, rows)), np.cumsum([0, *(len(parts) for _, parts in rows)])
     bar, started = progress(total=sum(sizes), desc="generating", unit="token"), time.time()
-    n_done, first, paths = 0, 0, []
+    n_done, paths = 0, []
     for low in range(0, len(rows), cfg.rows_per_shard):
         shard = range(low, min(low + cfg.rows_per_shard, len(rows)))
         paths.append(run.out / f"shard{low:09d}.npy")
-        n_pairs = sum(len(rows[r][1]) for r in shard)
         if not paths[-1].exists():
             by_length = sorted(shard, key=lambda r: -sizes[r])
             found: list[tuple[int, np.ndarray]] = []
@@ -79,12 +78,11 @@ def in_shards(
             of_row = dict(accelerate.utils.gather_object(found))
             h = np.concatenate([of_row[r] for r in shard])
             for bad in np.flatnonzero(~np.isfinite(h).all(axis=1))[:1]:
-                u, i = pairs[first + bad]
+                u, i = pairs[starts[low] + bad]
                 raise UserError(f"the vector of user {u} and item {i} is not finite; tune and generate in float32")
             if team.is_main_process:
                 save_npy(paths[-1], h)
             n_done += sum(sizes[r] for r in shard)
-        first += n_pairs
     bar.close()
     if not team.is_main_process:  # the first process deletes the files in the end, maybe before another has read them
         return np.empty(0), {}

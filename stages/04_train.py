@@ -56,9 +56,7 @@ class TrainConfig:
     generate_dir: str | None = knob(None, "finished generate folder of another run on the same prep; none: this run's")
     adapter: str = knob("mlp", "from the LLM's space to the recommender's", ("mlp", "attention"))
     adapter_hidden: int = knob(256, "width of the adapter's hidden layer", low=1)
-    adapter_grad: str = knob(
-        "anchored", "what moves the adapter: the losses (paper), or an anchor at the best match", ("joint", "anchored")
-    )
+    adapter_grad: str = knob("anchored", "moved by losses (paper) or anchored at its best match", ("joint", "anchored"))
     # the losses
     rank_loss: str = knob("bpr", "L_rank", ("bpr", "hinge"))
     hinge_margin: float = knob(0.3, "margin of the hinge loss")
@@ -147,13 +145,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         by_item = cfg.sampler != "hnlm"
         generated = samplers.load_generated(folder, train, pairs, cfg.min_coverage, blocked, run.device, by_item)
     shared = {f.name for f in fields(samplers.Sampler)} & {f.name for f in fields(cfg)}
-    sampler = samplers.Sampler(
-        train=train,
-        blocked=blocked,
-        generated=generated,
-        n_threads=run.n_threads,
-        **{name: getattr(cfg, name) for name in shared},
-    )
+    knobs = {name: getattr(cfg, name) for name in shared}
+    sampler = samplers.Sampler(train=train, blocked=blocked, generated=generated, n_threads=run.n_threads, **knobs)
     if len(short := free[(free > 0) & (free < sampler.n_candidates)]):
         most = sampler.n_candidates - short.min()
         say(f"{len(short)} users are short of {sampler.n_candidates} candidates, by {most} at most: theirs repeat")
@@ -204,11 +197,9 @@ def main(cfg: TrainConfig, run: Run) -> dict:
 
     checkpoint = run.out / "checkpoint.safetensors"
     schedule = ("lr", "batch_size", "n_epochs", "patience", "eval_every", "checkpoint_every")
-    done = training.fit(
-        *(model, batch_loss, sampler.draw, pairs, train, prep.valid),
-        **{name: getattr(cfg, name) for name in schedule},
-        **{"seed": run.seed, "n_threads": run.n_threads, "checkpoint": checkpoint},
-    )
+    options = {"seed": run.seed, "n_threads": run.n_threads, "checkpoint": checkpoint}
+    options |= {name: getattr(cfg, name) for name in schedule}
+    done = training.fit(model, batch_loss, sampler.draw, pairs, train, prep.valid, **options)
 
     user_emb, item_emb = recommender.embeddings(encoder)
     save_npy(run.out / "user.npy", user_emb)
