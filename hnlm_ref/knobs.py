@@ -214,8 +214,7 @@ def open_run(preset: str | None, quiet: bool, params: dict) -> tuple[dict[str, d
     methods = tuple(dict.fromkeys(shared.methods))
     for method in methods:
         method_knobs(tables, method)  # refuses a name that cannot be a folder
-    run = Run(folder, shared.seed, shared.device, shared.n_threads, preset, methods, shared.n_seeds)
-    return tables, run
+    return tables, Run(folder, shared.seed, shared.device, shared.n_threads, preset, methods, shared.n_seeds)
 
 
 class StageCommand(click.Command):

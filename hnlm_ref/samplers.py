@@ -249,8 +249,7 @@ class Generated:
         """Which of the batch's rows have a vector, int64 [P], and those vectors, float32 [P, d_llm]."""
         found = self.row_of[rows]
         has = torch.nonzero(found >= 0)[:, 0]
-        h = torch.from_numpy(self.vectors[found[has].cpu().numpy()].astype(np.float32))
-        return has, h.to(rows.device)
+        return has, torch.from_numpy(self.vectors[found[has].cpu().numpy()].astype(np.float32)).to(rows.device)
 
     def matches_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Matched items int64 [B, m], -1 for none, and their scores."""

@@ -65,8 +65,7 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     from hnlm_ref import data, readers
 
     # Find the files and what they are.
-    toy = cfg.interactions == "toy"
-    source = data.make_toy_log(run.out, run.seed) if toy else resolve_path(cfg.interactions)
+    source = resolve_path(cfg.interactions) if cfg.interactions != "toy" else data.make_toy_log(run.out, run.seed)
     log_path, items_path, *parts = readers.locate(source)
     parts = (log_path, cfg.valid_file or parts[0], cfg.test_file or parts[1])
     if parts[1] and not parts[2]:

@@ -123,8 +123,7 @@ def main(cfg: EvalConfig, run: Run) -> dict:
 
 
 def reads(cfg: EvalConfig, run: Run) -> list[str]:
-    extra = [stage for stage in ("sft", "generate") if run.has(stage)]
-    return ["prep", *extra, *run.trained()]
+    return ["prep", *filter(run.has, ("sft", "generate")), *run.trained()]
 
 
 command = StageCommand("eval", EvalConfig, main, reads=reads)
