@@ -333,12 +333,9 @@ class Run:
         found = {stage: self.manifest(stage) for stage in reads}
         for stage, manifest in found.items():
             for source, wanted in manifest["inputs"].items():
-                have = self.fingerprint(source)
-                if have != wanted:
-                    raise UserError(
-                        f"{self.dir / stage} was made from {source} {wanted}, but {self.dir / source} is now {have}; "
-                        f"run hnlm-ref {stage.partition('/')[0]} again"
-                    )
+                if (have := self.fingerprint(source)) != wanted:
+                    told = f"{self.dir / stage} was made from {source} {wanted}, but {self.dir / source} is now {have}"
+                    raise UserError(f"{told}; run hnlm-ref {stage.partition('/')[0]} again")
         return {stage: manifest["fingerprint"] for stage, manifest in found.items()}
 
 

@@ -186,10 +186,8 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {name}: not a folder, hub id or .gguf file that can be loaded ({reason})") from error
     if random := sorted({*told["missing_keys"], *(weight for weight, *_ in told["mismatched_keys"])}):
-        raise UserError(
-            f"--model {name}: {len(random)} weights of its configuration are missing or of another shape, for example "
-            f"{random[0]}; transformers would put random ones there; get the whole model again"
-        )
+        told = f"{len(random)} weights of its configuration are missing or of another shape, for example {random[0]}"
+        raise UserError(f"--model {name}: {told}; transformers would put random ones there; get the whole model again")
     known = model.get_input_embeddings().num_embeddings
     ids = {n for n, token in tokenizer.added_tokens_decoder.items() if not token.special}  # may stand in a text
     ids |= {n for n in (tokenizer.bos_token_id, tokenizer.eos_token_id) if n is not None}
@@ -314,10 +312,8 @@ def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
         raise UserError(f"{other}: {str(error).splitlines()[-1]}") from error
     saved, wanted = set(load_file(file)), set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != wanted:
-        raise UserError(
-            f"{other}: {len(wanted - saved)} of its weights are missing, {len(saved - wanted)} are unknown, "
-            f"for example {min(saved ^ wanted)}"
-        )
+        told = f"{len(wanted - saved)} of its weights are missing, {len(saved - wanted)} are unknown"
+        raise UserError(f"{other}: {told}, for example {min(saved ^ wanted)}")
     return model.eval()
 
 
@@ -386,10 +382,9 @@ def make_queries(
     room_user, room_item = max_user_tokens - beside_user, max_item_tokens - beside_item
     bare_user, bare_item = map(len, encode(tokenizer, [fill(QUERY_USER, profile=""), fill(QUERY_ITEM, item="")]))
     if room_user <= bare_user or room_item <= bare_item:
-        raise UserError(
-            f"max_user_tokens {max_user_tokens} and max_item_tokens {max_item_tokens} leave no room beside the "
-            f"instructions; the least that works is {beside_user + bare_user + 1} and {beside_item + bare_item + 1}"
-        )
+        least = f"the least that works is {beside_user + bare_user + 1} and {beside_item + bare_item + 1}"
+        told = f"max_user_tokens {max_user_tokens} and max_item_tokens {max_item_tokens} leave no room"
+        raise UserError(f"{told} beside the instructions; {least}")
     n_shortened = sum(len(ids) > room_user for ids in of_user) + sum(len(ids) > room_item for ids in of_item)
     users_ids, item_ids = [bos + ids[:room_user] for ids in of_user], [ids[:room_item] for ids in of_item]
     return Queries(users_ids, item_ids, end, eos, n_shortened)

@@ -68,10 +68,8 @@ def ask_local(
     prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0]))
     longest, room = len(prompts[-1][1]), getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
     if longest + cfg.max_new_tokens > room:
-        raise UserError(
-            f"a question of {longest} tokens and max_new_tokens {cfg.max_new_tokens} are more than the {room} places "
-            "of the model; lower profile_titles, text_chars or review_chars of prep"
-        )
+        told = f"a question of {longest} tokens and max_new_tokens {cfg.max_new_tokens} are more than the {room} places"
+        raise UserError(f"{told} of the model; lower profile_titles, text_chars or review_chars of prep")
     for some in map(dict, cut(prompts, cfg.ask_batch_size)):
         if left := [number for number in some if number not in done]:
             with one_thread() if sums_vary(llm) else contextlib.nullcontext():

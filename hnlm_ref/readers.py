@@ -352,10 +352,8 @@ def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...
     if lacking:
         other = next((f"--sep {sep!r}, " for sep in SEPARATORS if len(names) == 1 and sep in names[0]), "")
         cure = f"{other}--columns user=NAME,item=NAME or --header false"
-        raise UserError(
-            f"{path}: no column for {' and '.join(lacking)} among the {len(names)} found ({', '.join(names)[:300]!r}); "
-            f"try {cure if 'user' in roles else '--item-columns item=NAME'}"
-        )
+        told = f"no column for {' and '.join(lacking)} among the {len(names)} found ({', '.join(names)[:300]!r})"
+        raise UserError(f"{path}: {told}; try {cure if 'user' in roles else '--item-columns item=NAME'}")
     return found
 
 

@@ -306,10 +306,8 @@ def load_generated(
     coverage = (row_of >= 0).mean()
     say(f"generated negatives for {coverage:.1%} of {len(pairs):,} training pairs; the others keep sampled negatives")
     if coverage == 0 or coverage < min_coverage:
-        raise UserError(
-            f"{folder}: only {coverage:.1%} of the training pairs have a generated negative, min_coverage is "
-            f"{min_coverage:.1%}; generate for more pairs or lower it"
-        )
+        told = f"only {coverage:.1%} of the training pairs have a generated negative"
+        raise UserError(f"{folder}: {told}, min_coverage is {min_coverage:.1%}; generate for more pairs or lower it")
     return Generated(
         torch.from_numpy(row_of).to(device),
         vectors,

@@ -92,10 +92,9 @@ def main(cfg: PrepConfig, run: Run) -> dict:
         counts["k-core passes"] = []
         log = data.renumber(data.k_core(log, cfg.k_core, counts["k-core passes"]))
         if not len(log):
-            raise UserError(
-                f"{log_path}: the {cfg.k_core}-core is empty ({len(pairs):,} rows, largest k with data left: "
-                f"{data.largest_k(pairs)}); lower k_core or widen the filters; {told(counts)}"
-            )
+            found = f"{len(pairs):,} rows, largest k with data left: {data.largest_k(pairs)}"
+            cure = "lower k_core or widen the filters"
+            raise UserError(f"{log_path}: the {cfg.k_core}-core is empty ({found}); {cure}; {told(counts)}")
 
         # Part the pairs. Choice: what a random or last row tests may be an item never trained on, a later row may not.
         def split(log: data.Log) -> np.ndarray:
