@@ -186,8 +186,8 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {name}: not a folder, hub id or .gguf file that can be loaded ({reason})") from error
     if random := sorted({*told["missing_keys"], *(weight for weight, *_ in told["mismatched_keys"])}):
-        told = f"{len(random)} weights of its configuration are missing or of another shape, for example {random[0]}"
-        raise UserError(f"--model {name}: {told}; transformers would put random ones there; get the whole model again")
+        what = f"{len(random)} weights of its configuration are missing or of another shape, for example {random[0]}"
+        raise UserError(f"--model {name}: {what}; transformers would put random ones there; get the whole model again")
     known = model.get_input_embeddings().num_embeddings
     ids = {n for n, token in tokenizer.added_tokens_decoder.items() if not token.special}  # may stand in a text
     ids |= {n for n in (tokenizer.bos_token_id, tokenizer.eos_token_id) if n is not None}
@@ -403,7 +403,6 @@ Row = tuple[Sequence[int], Sequence[Sequence[int]]]  # prefix, continuations
 
 
 def n_tokens(row: Row) -> int:
-    """Tokens that a row takes."""
     prefix, parts = row
     return len(prefix) + sum(map(len, parts))
 

@@ -219,16 +219,15 @@ def semantic_guard(item_text: np.ndarray, train: Csr, threshold: float) -> Csr:
     """
     length = np.linalg.norm(item_text, axis=1, keepdims=True)
     text = (item_text / np.where(length > 0, length, 1)).astype(np.float32)
-    users, items = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    blocked = [np.empty(0, np.int64)] * train.n_rows
     for user in range(train.n_rows):
         own = train.row(user)
         if 0 < len(own) < train.n_cols:
             near = np.sort(text[own] @ text.T, axis=0)[-3:].mean(0)  # [I]
             others = np.delete(near, own)
-            blocked = np.flatnonzero(near - others.mean() > threshold * others.std())
-            users.append(np.full(len(blocked), user))
-            items.append(blocked)
-    return Csr.from_pairs(np.concatenate(users), np.concatenate(items), train.n_rows, train.n_cols)
+            blocked[user] = np.flatnonzero(near - others.mean() > threshold * others.std())
+    users = np.repeat(np.arange(train.n_rows), list(map(len, blocked)))
+    return Csr.from_pairs(users, np.concatenate(blocked), train.n_rows, train.n_cols)
 
 
 # ---- generated negatives ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -157,17 +157,16 @@ def save_checkpoint(path: Path, optimiser: torch.optim.Optimizer, state: dict, n
 def load_checkpoint(path: Path, optimiser: torch.optim.Optimizer, model: nn.Module) -> tuple[dict, dict]:
     """Put weights and optimiser back; returns the counters and the best weights."""
     parts: dict[str, dict] = {"now": {}, "best": {}}
-    with whole(path):
-        tensors = load_file(path)
-    for key, tensor in tensors.items():
-        part, _, name = key.rpartition("/")
-        parts.setdefault(part, {})[name] = tensor
+    with whole(path), safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+        for key in file.keys():  # noqa: SIM118  (a file is no dict)
+            part, _, name = key.rpartition("/")
+            parts.setdefault(part, {})[name] = file.get_tensor(key)
     model.load_state_dict(parts.pop("now"), strict=False)  # frozen weights are in no checkpoint
     best = parts.pop("best")
     moments = {int(part.removeprefix("adam/")): found for part, found in parts.items()}
     optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["state"]), best
+    return state, best
 
 
 def warm_up(

@@ -26,8 +26,6 @@ ORDINARY = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Knobs of stage 4."""
-
     method: str = knob("uniform", "name of the folder, and of the preset's [methods.NAME] table")
     # the recommender
     backbone: str = knob("lightgcn", "encoder", ("lightgcn", "mf"))

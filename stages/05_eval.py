@@ -36,8 +36,6 @@ N_POPULARITY, N_ACTIVITY = 10, 5
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Knobs of stage 5."""
-
     k: tuple[int, ...] = knob((10, 20), "lengths K of the recommended lists, all evaluated in one pass", low=1)
     n_users: int | None = knob(None, "evaluate only so many users, drawn by the seed (metrics.json says so)", low=1)
     n_explored: int = knob(200, "users in the explorer of report.html, evenly from the least to the most active", low=1)
