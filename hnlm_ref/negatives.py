@@ -4,6 +4,7 @@ import numpy as np
 
 from hnlm_ref import _core
 from hnlm_ref.artifacts import Csr, Prep
+from hnlm_ref.console import progress
 
 
 def mine_triplets(
@@ -26,16 +27,17 @@ def mine_triplets(
     Returns  user -> int64 [n, 1 + m], i and its j's; a user without a free item has none
     """
     found = {}
-    for u in users:
-        free = np.setdiff1d(np.arange(prep.n_items), blocked.row(u))
+    for u in progress(users, desc="mining", unit="user"):
+        free = np.delete(np.arange(prep.n_items), blocked.row(u))
         items = rng.permutation(prep.train.row(u))[:pairs_per_user]
         if not (len(free) and len(items)):
             continue
-        scores = np.einsum("id,d->i", cf[1][free], cf[0][u])  # not by BLAS, whose digits vary with its threads
+        scores = np.einsum("id,d->i", cf[1], cf[0][u])[free]  # not by BLAS, whose digits vary with its threads
         if window:
-            ranked = free[np.argsort(-scores, kind="stable")]
-            low = min(window[0], len(ranked) - 1)
-            chosen = ranked[rng.integers(low, min(window[1], len(ranked)), (len(items), n_positives))]
+            low, high = min(window[0], len(free) - 1), min(window[1], len(free))
+            best = np.flatnonzero(scores >= np.partition(scores, -high)[-high])  # `high` of them, and ties of the last
+            ranked = free[best[np.argsort(-scores[best], kind="stable")]]
+            chosen = ranked[rng.integers(low, high, (len(items), n_positives))]
         else:
             pool = rng.integers(len(free), size=(len(items), n_positives, pool_size))
             hardest = scores[pool].argmax(axis=2, keepdims=True)

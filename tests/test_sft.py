@@ -90,6 +90,14 @@ def test_mined_items_are_free_and_of_the_asked_ranks(n_items, seed, window):
             assert set(pairs[:, 1:].flatten()) <= set(ranked[window[0] : window[1]] or ranked[-1:])
 
 
+def test_of_equally_scored_items_those_of_lower_number_have_the_better_ranks():
+    train = Csr.from_pairs([0], [1], 1, 7)
+    cf = np.ones((1, 1)), np.array([[1.0], [9.0], [2.0], [1.0], [1.0], [2.0], [0.0]])  # ranked 2, 5, 0, 3, 4, 6
+    for window, expected in (((0, 3), {2, 5, 0}), ((3, 4), {3}), ((4, 9), {4, 6}), ((8, 9), {6})):
+        mined = mine_triplets(prep_of(train), cf, train, [0], 1, 64, window, 1, np.random.default_rng(0))
+        assert set(mined[0][0, 1:].tolist()) == expected
+
+
 def test_a_pool_as_large_as_the_catalogue_mines_the_best_free_item():
     train = Csr.from_pairs([0, 0], [0, 1], 1, 5)
     cf = np.ones((1, 1)), np.array([[9.0], [8.0], [1.0], [3.0], [2.0]])
