@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from hnlm_ref import _core
 from hnlm_ref.artifacts import Csr, load_npy
-from hnlm_ref.console import UserError, say
+from hnlm_ref.console import UserError, progress, say
 
 
 @dataclass(frozen=True)
@@ -219,15 +219,20 @@ def semantic_guard(item_text: np.ndarray, train: Csr, threshold: float) -> Csr:
     """
     length = np.linalg.norm(item_text, axis=1, keepdims=True)
     text = (item_text / np.where(length > 0, length, 1)).astype(np.float32)
-    blocked = [np.empty(0, np.int64)] * train.n_rows
-    for user in range(train.n_rows):
-        own = train.row(user)
+    found = []
+    for user in progress(range(train.n_rows), desc="guard", unit="user"):
+        own, blocked = train.row(user), np.empty(0, np.int32)
         if 0 < len(own) < train.n_cols:
-            near = np.sort(text[own] @ text.T, axis=0)[-3:].mean(0)  # [I]
+            best = np.empty((0, train.n_cols), np.float32)
+            for some in np.split(own, range(1024, len(own), 1024)):  # cosines with all of a user's items may be many GB
+                cosines = text[some] @ text.T
+                cosines.sort(axis=0)
+                best = np.sort(np.concatenate([best, cosines[-3:]]), axis=0)[-3:]
+            near = best.mean(0)  # [I]
             others = np.delete(near, own)
-            blocked[user] = np.flatnonzero(near - others.mean() > threshold * others.std())
-    users = np.repeat(np.arange(train.n_rows), list(map(len, blocked)))
-    return Csr.from_pairs(users, np.concatenate(blocked), train.n_rows, train.n_cols)
+            blocked = np.flatnonzero(near - others.mean() > threshold * others.std()).astype(np.int32)
+        found.append(blocked)
+    return Csr(np.cumsum([0, *map(len, found)]), np.concatenate(found), train.n_cols)
 
 
 # ---- generated negatives ----------------------------------------------------------------------------------------

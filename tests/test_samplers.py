@@ -251,6 +251,16 @@ def test_the_guard_blocks_what_a_plain_loop_blocks():
         assert blocked.row(u).tolist() == expected
 
 
+def test_the_guard_finds_the_three_nearest_among_more_items_than_it_looks_at_together():
+    # The user took 2,500 items: three point along the first axis, the others along the second. Of the four items
+    # left one has cosine 1 with those three, so its mean of the three largest is 1; the others have 0.
+    train = csr([range(2_500)], 2_504)
+    text = np.tile(np.float32([0, 1, 0]), (2_504, 1))
+    text[[10, 1_500, 2_400, 2_501]] = [1, 0, 0]
+    text[[2_500, 2_502, 2_503]] = [0, 0, 1]
+    assert samplers.semantic_guard(text, train, 1.5).row(0).tolist() == [*range(2_500), 2_501]
+
+
 def test_guarded_draws_are_uniform_over_what_is_left():
     train, blocked = csr([[0], [0]], 6), csr([[1, 2], [1, 2, 3, 4, 5]], 6)
     drawn = Sampler("dns", train, pool_size=4, blocked=blocked).draw(np.zeros(20_000, np.int32), 1)
