@@ -231,12 +231,13 @@ def main(cfg: SftConfig, run: Run) -> dict:
         say("\n".join(f"[sft] {line}" for line in state["log"]))
         state["best"], best = state["log"][1]["held_out_objective"], {name: t.clone() for name, t in learnt.items()}
     model.train()
-    bar = progress(total=n_steps, desc="tuning", unit="step")
+    bar, batches = progress(total=n_steps, desc="tuning", unit="step"), []
     bar.update(state["step"])
     while state["step"] < n_steps and state["bad_looks"] < cfg.patience:
         epoch, place = divmod(state["step"], n_per_epoch)
-        order = np.random.default_rng([run.seed, epoch]).permutation(users).tolist()
-        micro_batches = llm.cut(order, cfg.batch_size)[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]
+        if place == 0 or not batches:
+            batches = llm.cut(np.random.default_rng([run.seed, epoch]).permutation(users).tolist(), cfg.batch_size)
+        micro_batches = batches[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]
         total = [torch.zeros_like(p) for p in trainable.values()]
         for number, some, counts in own_share(micro_batches, team):
             seed = hash((run.seed, state["step"], number))
