@@ -105,7 +105,8 @@ def quality(
     up_to_rank = np.cumsum(np.bincount(rank[held_out] + 1, minlength=n_items + 1)) / len(some)  # [I + 1]
     low, high = np.maximum(np.arange(n_items) - 10, 0), np.minimum(np.arange(n_items) + 11, n_items)
     as_hard = (up_to_rank[high] - up_to_rank[low]) / (high - low)  # [I], by rank
-    user_text, item_text = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in text)
+    texts = text[0][some], text[1]  # [S, d_llm], [I, d_llm]
+    user_text, item_text = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in texts)
     popularity = np.bincount(prep.train.indices, minlength=n_items)
 
     def figures(matches: np.ndarray) -> dict[str, float | None]:
@@ -113,12 +114,13 @@ def quality(
         u, j = users[row], matches[row, place]
         r = row_of[u]
         used = np.bincount(j, minlength=n_items)
+        blocks = np.split(np.arange(len(j)), range(4096, len(j), 4096))  # of all matches the vectors would be many GB
         values = {
             "warm_up_percentile": (free[u] - 1 - rank[r, j]) / np.maximum(free[u] - 1, 1),
             "false_rate": held_out[r, j],
             "false_rate_chance": prep.valid.degrees()[u] / free[u],
             "false_rate_as_hard": as_hard[rank[r, j]],
-            "profile_similarity": (user_text[u] * item_text[j]).sum(1),
+            "profile_similarity": np.concatenate([(user_text[r[b]] * item_text[j[b]]).sum(1) for b in blocks]),
             "popularity": np.searchsorted(np.sort(popularity), popularity)[j] / n_items,
             "coverage": (used > 0).mean(),
             "most_used": used.max() / max(len(j), 1),
