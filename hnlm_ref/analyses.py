@@ -63,7 +63,8 @@ def describe_negatives(
     negative's percentile is the share of those items that the warm-up recommender scores below it.
     """
     to_cell = np.array([test.n_cols, 1], np.int64)
-    false = np.isin(pairs @ to_cell, test.pairs() @ to_cell)
+    cells = pairs @ to_cell
+    false = np.isin(cells, test.pairs() @ to_cell)
     drawn, free = np.bincount(pairs[:, 0], minlength=test.n_rows), test.n_cols - train.degrees()
     used = np.bincount(pairs[:, 1])
     told = {
@@ -75,12 +76,13 @@ def describe_negatives(
         "percentile": None,
     }
     if warm_up:
-        distinct, repeats = np.unique(pairs, axis=0, return_counts=True)  # in the order of a Csr's pairs
-        asked = Csr.from_pairs(distinct[:, 0], distinct[:, 1], test.n_rows, test.n_cols)
+        distinct, repeats = np.unique(cells, return_counts=True)  # in the order of a Csr's pairs
+        users, items = np.divmod(distinct, test.n_cols)
+        asked = Csr.from_pairs(users, items, test.n_rows, test.n_cols)
         ranks = _core.test_ranks(  # [nnz], none is beyond the last place
             *warm_up, train.indptr, train.indices, asked.indptr, asked.indices, k=test.n_cols, n_threads=n_threads
         )
-        below = (free[distinct[:, 0]] - ranks) / np.maximum(free[distinct[:, 0]] - 1, 1)
+        below = (free[users] - ranks) / np.maximum(free[users] - 1, 1)
         told["percentile"] = float(np.average(below, weights=repeats))
     return told
 

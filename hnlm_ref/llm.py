@@ -328,7 +328,9 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, nothing added; "</s>" in a title is four characters, not the end."""
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+    blocks = cut(list(texts), 1024)  # beside the ids a tokenizer keeps a hundred bytes a token
+    bar = progress(blocks, desc="tokens") if len(blocks) > 1 else blocks
+    return [ids for b in bar for ids in tokenizer(b, add_special_tokens=False, split_special_tokens=True).input_ids]
 
 
 def chat_ids(tokenizer: Any, message: str) -> list[int]:
@@ -582,9 +584,12 @@ def text_vectors(llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int
     def read(some: list[list[int]]) -> Tensor:
         return embed(llm, pack([(bos, some)], device), pooling="mean").cpu()
 
-    vectors = in_parallel(read, batches, device.type)
-    found = torch.cat(list(progress(vectors, total=len(batches), desc="texts"))).numpy()  # [n, d_llm]
-    return found - found.mean(axis=0)
+    vectors = progress(in_parallel(read, batches, device.type), total=len(batches), desc="texts")
+    found = np.empty((len(parts), llm.config.get_text_config().hidden_size), np.float32)  # once: it may be many GB
+    for number, some in enumerate(vectors):
+        found[number * batch_size :][: len(some)] = some
+    found -= found.mean(axis=0)
+    return found
 
 
 @torch.inference_mode()

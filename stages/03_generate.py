@@ -87,7 +87,7 @@ def in_shards(
     if not team.is_main_process:  # the first process deletes the files in the end, maybe before another has read them
         return np.empty(0), {}
     speed = {"tokens_per_second": round(n_done / (time.time() - started), 1)}
-    return np.concatenate([load_npy(path) for path in paths]), speed
+    return np.concatenate([load_npy(path, mmap=True) for path in paths]), speed  # held once: it may be many GB
 
 
 def main(cfg: GenerateConfig, run: Run) -> dict:
@@ -155,7 +155,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         # Around the mean of the catalogue's titles: around their own, two answers would be each other's opposite.
         named = [item["title"] or prompts.NO_TITLE for item in prep.items]
         vectors = llm.text_vectors(base, tokenizer, named + said)
-        h = (vectors[prep.n_items :] - vectors[: prep.n_items].mean(axis=0)).astype(np.float16)
+        vectors[prep.n_items :] -= vectors[: prep.n_items].mean(axis=0)
+        h = vectors[prep.n_items :].astype(np.float16)
     save_npy(out / "pairs.npy", pairs)
     save_npy(out / "embeddings.npy", h)
 
@@ -173,7 +174,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         if tuned:
             z = llm.apply_head(model, h)  # [N, d_out]
         else:
-            z = h.astype(np.float32) - (0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32))
+            z = h.astype(np.float32)
+            z -= 0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32)
         band = cfg.min_similarity, cfg.max_similarity
         matches, scores = _core.match_items(z, item_vectors, users, *refused, cfg.n_matches, *band, run.n_threads)
     if (matches < 0).all():

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hnlm_ref.artifacts import Csr, Run, load_npy, save_json, save_npy
-from hnlm_ref.console import UserError
+from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import StageCommand, knob
 
 N_POPULARITY, N_ACTIVITY = 10, 5
@@ -64,7 +64,7 @@ def main(cfg: EvalConfig, run: Run) -> dict:
     (run.out / "per_user").mkdir(exist_ok=True)
     ks, results, negatives = tuple(dict.fromkeys(cfg.k)), {}, {}
     k = max(ks)
-    for name in run.trained():
+    for name in progress(run.trained(), desc="ranking", unit="training"):
         _, method, seed = name.split("/")
         folder = run.folder(name)
         user_emb, item_emb = load_npy(folder / "user.npy", mmap=True)[users], load_npy(folder / "item.npy")
@@ -92,7 +92,7 @@ def main(cfg: EvalConfig, run: Run) -> dict:
     if run.has("generate"):
         generated, pairs = analyses.describe_generated(load_generated(run))
         negatives["generated"] = [pairs]
-    for source, drawn in negatives.items():
+    for source, drawn in progress(negatives.items(), desc="negatives", unit="source"):
         drawn = np.concatenate(drawn)
         drawn = drawn[test.degrees()[drawn[:, 0]] > 0]  # users with something held out
         if len(drawn):

@@ -27,6 +27,20 @@ def plain(model, ids: list[int], n_prefix: int, pooling: str) -> torch.Tensor:
     return hidden[-1] if pooling == "last" else hidden[n_prefix:].mean(0)
 
 
+def test_many_texts_have_the_ids_and_vectors_of_each_alone():
+    model, tokenizer = llm.tiny_model()
+    texts = ("b" * (n % 7) + "a" for n in range(2_500))
+    expected = [n % 7 + 1 for n in range(2_500)]
+    ids = llm.encode(tokenizer, list(texts))
+    assert list(map(len, ids)) == expected and all(row[-1] == ids[0][0] for row in ids)
+    some = ["ab", "a", "bbb", "ab", ""]
+    vectors = llm.text_vectors(model.eval(), tokenizer, some, batch_size=2)
+    parts = [[*row, 1] for row in llm.encode(tokenizer, some)]
+    with torch.no_grad():
+        alone = torch.stack([plain(model, [0, *part], 1, "mean") for part in parts])
+    torch.testing.assert_close(torch.from_numpy(vectors), alone - alone.mean(0), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_vectors_are_those_of_each_sequence_alone(family, pooling):
