@@ -104,15 +104,17 @@ def test_attention_needs_vectors_of_equal_pieces():
         SemanticAdapter(np.zeros(30, np.float32), np.ones(30, np.float32), 4, 8, "attention")
 
 
-def test_warm_up_learns_two_tastes_and_repeats():
+def test_warm_up_learns_two_tastes_repeats_and_goes_on(tmp_path):
     rng = np.random.default_rng(0)  # two tastes: even users take even items
     users = np.repeat(np.arange(40), 8)
     items = rng.integers(0, 20, 320) * 2 + users % 2
     train, valid = (Csr.from_pairs(users[part], items[part], 40, 40) for part in (slice(0, None, 2), slice(1, None, 2)))
-    one, again = (
-        training.warm_up(train, valid, seed=1, device="cpu", dim=8, lr=0.02, n_epochs=30, patience=30) for _ in range(2)
-    )
+    how = {"seed": 1, "device": "cpu", "dim": 8, "lr": 0.02, "patience": 30}
+    one, again = (training.warm_up(train, valid, **how, n_epochs=30) for _ in range(2))
     assert (one[0] == again[0]).all() and (one[1] == again[1]).all()
+    begun = {"checkpoint": tmp_path / "begun", "checkpoint_every": 5}
+    _, resumed = (training.warm_up(train, valid, **how, n_epochs=n, **begun) for n in (12, 30))
+    assert (one[0] == resumed[0]).all() and (one[1] == resumed[1]).all()
     scores = one[0] @ one[1].T
     same_taste = (np.arange(40)[:, None] + np.arange(40)) % 2 == 0
     own, other = scores[same_taste].reshape(40, 20), scores[~same_taste].reshape(40, 20)
