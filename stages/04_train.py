@@ -38,7 +38,7 @@ class TrainConfig:
     n_negatives: int = knob(1, "negatives per positive (n)", low=1)
     pool_size: int = knob(4, "candidates per negative (M) of dns, dns_mn, mixgcf, ahns and hnlm_pool", low=1)
     popularity_beta: float = knob(0.75, "popularity: draws go with popularity^beta", low=0)
-    n_top: int = knob(2, "dns_mn: draw among the N best of the pool", low=1)
+    n_top: int = knob(2, "dns_mn: draw among so many best of the pool (M in its paper, where N is pool_size)", low=1)
     ahns_alpha: float = knob(1.0, "ahns: alpha in beta (s_ui + alpha)^(p + 1)")
     ahns_beta: float = knob(0.1, "ahns: beta")
     ahns_p: float = knob(-2.0, "ahns: p")
