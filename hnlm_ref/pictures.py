@@ -19,7 +19,8 @@ def curves(name: str, series: Series, x_label: str, y_label: str, ticks: Sequenc
     def draw(axes: Any) -> None:
         lines: list[Any] = []
         for n, found in enumerate(series.values()):
-            style = {"color": f"{COLOUR}{n % N_COLOURS}", "linestyle": ("-", "--", ":", "-.")[n % 4], "linewidth": 1.5}
+            dash = ("-", "--", ":", "-.")[(n + n // N_COLOURS) % 4]  # another one when the colours begin anew
+            style = {"color": f"{COLOUR}{n % N_COLOURS}", "linestyle": dash, "linewidth": 1.5}
             drawn = [axes.plot(x, y, **style, marker="o", markersize=2.5)[0] for x, y in found]
             lines.append(drawn[0])
         axes.set(xlabel=x_label, ylabel=y_label)
@@ -27,15 +28,16 @@ def curves(name: str, series: Series, x_label: str, y_label: str, ticks: Sequenc
             axes.set_xticks(range(1, len(ticks) + 1), ticks)
         elif all(isinstance(place, int) for x, _ in found for place in x):
             axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.figure.legend(lines, list(series), loc="outside lower center", ncols=3)
+        axes.figure.legend(lines, list(series), loc="outside lower center", ncols=n_columns)
 
+    n_columns = max(1, min(3, 60 // (8 + max(map(len, series)))))  # as many as long names leave room for
     told = []
     for label, found in series.items():
         x, y = found[0]
         each = ", ".join(f"{tick} {value:.3g}" for tick, value in zip(ticks, y, strict=False))
         each = each or f"{y[0]:.3g} at {x[0]:.3g}, {y[-1]:.3g} at {x[-1]:.3g}, highest {max(y):.3g}"
         told.append(f"{label}: {each}")
-    return _svg(draw, f"{y_label} by {x_label}. {'; '.join(told)}", name, 3.2)
+    return _svg(draw, f"{y_label} by {x_label}. {'; '.join(told)}", name, 3 + 0.2 * -(-len(series) // n_columns))
 
 
 def intervals(name: str, points: Sequence[Point], x_label: str) -> str:

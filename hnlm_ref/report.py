@@ -221,7 +221,7 @@ def draw(views: list[View]) -> dict[str, str]:
             share, low, high = (100 * value for value in told["false"])
             points.append((view.prefix + source, share, low, high, 100 * told["chance"]))
     if points:
-        found["False negatives"] = pictures.intervals("false", points, "held-out positives among the negatives, %")
+        found["False negatives"] = pictures.intervals("false", points, "held-out positives, %")
     return found
 
 

@@ -406,6 +406,11 @@ def test_a_picture_takes_its_colours_from_the_page_and_tells_its_numbers():
     assert "var(--c0)" in svg and "#fe00" not in svg and "a&lt;b: 0.25 at 1, 0.5 at 2, highest 0.5" in svg
 
 
+def test_as_many_lines_as_a_comparison_has_differ_in_colour_or_dash():
+    svg = pictures.curves("x", {f"m{n}": [([1, 2], [0, n])] for n in range(13)}, "epoch", "ndcg")
+    assert len(set(re.findall(r'style="(fill: none[^"]*var\(--c\d\)[^"]*)"', svg))) == 13
+
+
 # ---- in a browser -----------------------------------------------------------------------------------------------
 
 
@@ -449,6 +454,24 @@ def test_the_page_fits_its_window_and_has_nothing_to_complain_about(page):
     dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     light = [sum(map(int, re.findall(r"\d+", colour))) for colour in colours]
     assert (light[0] < light[1]) == dark and abs(light[0] - light[1]) > 400
+
+
+@pytest.mark.parametrize(("n", "name"), [(13, "hnlm_matched"), (8, "a run: hnlm@mix_alpha=0.05@pool_size=4")])
+def test_the_words_of_a_picture_lie_within_it(browser, n, name):
+    names, page = [name + str(number) for number in range(n)], browser.new_page()
+    curves = {label: [([1, 2], [0.1, 0.2])] for label in names}
+    points = [(label, 1.0, 0.5, 1.5, 1.0) for label in names]
+    for svg in (
+        pictures.curves("x", curves, "epoch", report.CURVES[2][4]),
+        pictures.intervals("x", points, "held-out positives, %"),
+    ):
+        page.set_content(f"<body style='font-family: sans-serif'>{svg}")
+        beyond = """() => { const [svg, ...texts] = document.querySelectorAll("svg, svg text");
+            const [outer, ...inner] = [svg, ...texts].map(node => node.getBoundingClientRect());
+            return inner.filter(box => box.left < outer.left - 1 || box.right > outer.right + 1
+                || box.top < outer.top - 1 || box.bottom > outer.bottom + 1).length; }"""
+        assert page.evaluate(beyond) == 0
+    page.close()
 
 
 def test_the_explorer_answers(page, marked_run, toy_run):
