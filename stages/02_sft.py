@@ -51,7 +51,9 @@ class SftConfig:
     lr_new: float = knob(1e-4, "learning rate of soft tokens and head", low=0)
     temperature: float = knob(0.05, "temperature of the in-batch loss (tau)", low=1e-6)
     own_weight: float = knob(2.0, "extra weight of a triplet's own negative among the in-batch ones", low=0)
-    catalogue_weight: float = knob(0.5, "weight of the softmax over the catalogue; 0: the paper's loss alone", low=0)
+    catalogue_weight: float = knob(
+        0.5, "weight of the softmax over the catalogue; 0 here and in own_weight: the paper's loss alone", low=0
+    )
     catalogue_temperature: float = knob(0.1, "temperature of that softmax", low=1e-6)
     probe_users: int = knob(320, "users from whose pairs the head is solved before tuning", low=1)
     n_epochs: int = knob(1, "passes over the triplets; 0: only the head is solved", low=0)
