@@ -320,6 +320,7 @@ def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad,
 
     Values that read "None" or "null" are text (case A05). A title that is missing, or nothing but the scraper's
     markup, is "" and counted (case A04). Rows of items outside the catalogue are left out and counted.
+    Raises UserError for a file whose rows are all outside: ids written otherwise, 7.0 for 7, would leave all untitled.
     """
     found: dict[str, dict] = {}
     n_outside = n_known = 0
@@ -328,6 +329,9 @@ def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad,
         n_outside, n_known = n_outside + len(frame) - len(known), n_known + len(known)
         for row in known.iter_rows(named=True):
             found.setdefault(row["item"], row)
+    if layout and not found:
+        mine = f"the ids in its column {layout.columns['item']!r} and those of the log, such as {keys[0]!r}, are others"
+        raise UserError(f"{layout.path} tells of no item of the log: {mine}; see --item-columns")
     counts |= {"items without a row": len(keys) - len(found), "item rows outside the catalogue": n_outside}
     counts |= {"item rows of an item that has one": n_known - len(found)}
     counts |= {"items without title": 0, "titles cleaned": 0, "items without text": 0, "texts cut": 0}

@@ -598,6 +598,12 @@ def test_a_window_that_holds_nothing_is_refused_with_the_counts(tmp_path):
         prepare(tmp_path, rows("u,i,5,1500000000"), date_from="2020-01-01")
 
 
+def test_items_written_otherwise_than_in_the_log_are_refused(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,title\n1,Tea\n2,Cup\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"items.csv tells of no item of the log: .*'item_id'.*'1.0'.*--item-columns"):
+        prepare(tmp_path, rows("u,1.0,5,1500000000", "u,2.0,5,1500000001"), items=str(tmp_path / "items.csv"))
+
+
 def test_the_page_on_own_data_does_what_it_says(tmp_path):
     page = (ROOT / "stages" / "DATA.md").read_text(encoding="utf-8")
     log, items = re.findall(r"```\n(\w+_id,.*?)```", page, re.S)
