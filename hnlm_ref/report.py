@@ -141,7 +141,8 @@ def show(run_dir: Path, key: str | None, as_json: bool) -> str:
             counts = {stage: manifest["counts"] for stage, manifest in view.stages.items()}
             seconds = {m: [manifest["timing"] for manifest in view.training(m)] for m in view.methods}
             return json.dumps({"metrics": view.metrics, "counts": counts, "timing": seconds}, ensure_ascii=False)
-        tables = (lay_out(rows([view])) for rows in (comparison_rows, list_rows, negative_rows))
+        kinds = (comparison_rows, list_rows, negative_rows)
+        tables = (lay_out(cells) for rows in kinds if (cells := rows([view]))[1:])
         return "\n\n".join([head(view), table(run_dir), *tables, generated_line(view)])
     story = view.stories([view.number(key)])
     return json.dumps(story, ensure_ascii=False) if as_json else "\n".join(_lines(story["users"][0], story["items"]))
@@ -291,7 +292,7 @@ def _made(view: View) -> str:
 
 
 def _table(cells: Cells) -> str:
-    if not cells:
+    if not cells[1:]:
         return ""
 
     def row(values: list[str], tag: str) -> str:

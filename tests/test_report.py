@@ -209,7 +209,7 @@ def test_a_table_of_the_page_has_a_head_and_no_markup_of_its_cells():
     head, rows = "<thead><tr><th>a</th><th>b</th></tr></thead>", "<tr><td>&lt;i&gt;</td><td>1</td></tr>"
     found = report._table([["a", "b"], ["<i>", "1"]])
     assert found == f"<div class=scroll tabindex=0><table>{head}<tbody>{rows}</tbody></table></div>"
-    assert report._table([]) == ""
+    assert report._table([]) == report._table([["a", "b"]]) == ""
 
 
 def test_a_comparison_is_told_with_its_interval_or_that_there_is_none(monkeypatch):
@@ -241,7 +241,7 @@ def test_a_user_is_told_line_by_line():
     ]  # fmt: skip
 
 
-def test_a_run_is_told_as_json_or_as_its_line_and_tables(toy_run):
+def test_a_run_is_told_as_json_or_as_its_line_and_tables(toy_run, monkeypatch):
     told, view = json.loads(report.show(toy_run, None, True)), View(toy_run)
     manifest = load_json(toy_run / "train" / "dns" / "seed0" / "manifest.json")
     assert told["metrics"] == load_json(toy_run / "eval" / "metrics.json")
@@ -251,6 +251,8 @@ def test_a_run_is_told_as_json_or_as_its_line_and_tables(toy_run):
     assert first == report.head(view) and last == report.generated_line(view)
     beginnings = ["method", "ndcg@20, paired over users", "lists of", "negatives of"]
     assert [text.split("  ")[0] for text in tables] == beginnings
+    monkeypatch.setattr(report, "compare", lambda *_: [])  # as of one method alone
+    assert "paired over users" not in report.show(toy_run, None, False)
 
 
 def test_the_explorer_holds_users_evenly_from_the_least_to_the_most_active(toy_run):
