@@ -138,11 +138,19 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
 @click.option("--backbones", default="", help="train every method with each of these, e.g. lightgcn,mf")
 @click.option("--n-jobs", type=click.IntRange(1), default=1, show_default=True, help="trainings at a time")
 def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **params: Any) -> None:
-    """Tune every method on its [grid.METHOD], train the best with all seeds, print one table."""
+    """Tune every method on its [grid.METHOD], train the best with all seeds, print one table.
+
+    What it trains on, prep, sft and generate, is taken as it lies in the run's folder; `all` makes it.
+    """
     from hnlm_ref.compare import compare
 
     tables, run = open_run(preset, quiet, params)
-    stages = {stage: load_stage(stage) for stage in ("train", "eval")}
+    stages = {stage: load_stage(stage) for stage in STAGES}
+    for stage in filter(run.has, STAGES[:3]):
+        wanted = dataclasses.asdict(stages[stage].configure(tables, ("preset", {})))
+        made = {name: tuple(v) if isinstance(v, list) else v for name, v in run.manifest(stage)["knobs"].items()}
+        if others := [name for name in wanted if made.get(name) != wanted[name]]:
+            say(f"[{stage}] {run.dir / stage} was made with other knobs ({', '.join(others)}) and is taken as it is")
     click.echo(compare(run, tables, stages, tuple(filter(None, backbones.split(","))), n_jobs))
 
 

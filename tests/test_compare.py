@@ -149,7 +149,7 @@ def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # cas
         encoding="utf-8",
     )
     done = cli("compare", "--preset", preset, "--run-dir", run_dir, "--n-jobs", 2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "taken as it is" not in done.stderr, done.stderr
     told = load_json(run_dir / "compare.json")
     for row in told["rows"]:
         tried = told["grid"][row["method"]]
@@ -163,9 +163,12 @@ def test_compare_tunes_on_validation_and_tests_the_choice(tmp_path, cli):  # cas
         assert row["chosen"] in done.stdout
     a, b = (row["ndcg@20"] for row in told["rows"])
     assert told["rows"][0]["paired"]["difference"] == pytest.approx(a - b)
+    with preset.open("a", encoding="utf-8") as file:
+        file.write("[prep]\nk_core = 5\ncolumns = ['user=user_id']\n")
     alone = cli(
         "compare", "--preset", preset, "--run-dir", run_dir, "--methods", "dns"
     )  # the other grid is not asked for
+    assert "prep was made with other knobs (columns, k_core) and is taken as it is" in alone.stderr
     assert alone.returncode == 0 and alone.stdout.count("| dns@") == 1 and "| uniform@" not in alone.stdout
     before = sorted(path.name for path in (run_dir / "train").iterdir())
     for grid, sentence in (
