@@ -576,7 +576,8 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
             whys.append(pl.when(value.fill_null("") == "").then(pl.lit(f"no {role}")))
     values: dict[str, pl.Expr] = dict.fromkeys(("rating", "time"), pl.lit(None, pl.Float64))
     for role in (role for role in ("rating", "time") if role in frame.columns):
-        raw, wanted = pl.col(role).cast(pl.String).str.strip_chars(), "number"
+        raw = pl.col(role).cast(pl.String).str.strip_chars()
+        wanted = "number" if role == "rating" or layout.unit else "number or date like 2015-01-31"
         value = (raw if frame[role].dtype == pl.String else pl.col(role)).cast(pl.Float64, strict=False)
         if role == "time" and layout.unit == "date":
             parsed, wanted = frame["time"].dtype in (pl.Date, pl.Datetime), "date"

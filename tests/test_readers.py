@@ -471,6 +471,7 @@ BROKEN = {
     "long rating": (f"{HEADER}{ONE}\nu2,i2,{'x' * 99},1\n".encode(), r"line 3: rating 'x{80}' is no number"),
     "blanks": (b"u1  i1 5\nu2 i2  five\n", r"line 2: rating 'five' is no number"),
     "NaN": (f"{HEADER}{ONE}\nu2,i2,nan,1420070400\n".encode(), r"line 3: rating 'nan' is no number"),
+    "another date": (f"{HEADER}u,i,5,31/01/2015\n".encode(), r"time '31/01/2015' is no number or date like 2015-01-31"),
     "mixed dates": (f"{HEADER}u1,i1,5,2015-01-01\n{ONE}\n".encode(), r"line 3: time '1420070400' is no date"),
     "mixed units": (f"{HEADER}{ONE}\nu2,i2,5,1451606399000\n".encode(), r"line 3: time 1451606399000 cannot be in s"),
     "broken JSON": (b'{"user": "u", "item": "i"}\n{"user": \n', r"line 2: it is no JSON object"),
