@@ -22,7 +22,7 @@ def total(x: Tensor) -> Tensor:
 
 def mix(hard: Tensor, sampled: Tensor, alpha: float) -> Tensor:
     """e_minus = alpha e_hard + (1 - alpha) e_j; hard [P, d], sampled [P, n, d] -> [P, n, d] (case E06)."""
-    return alpha * hard[:, None] + (1 - alpha) * sampled
+    return alpha * hard[:, None].expand_as(sampled) + (1 - alpha) * sampled
 
 
 def bpr_loss(pos_scores: Tensor, neg_scores: Tensor) -> Tensor:
@@ -30,14 +30,14 @@ def bpr_loss(pos_scores: Tensor, neg_scores: Tensor) -> Tensor:
 
     pos_scores [B], neg_scores [B, n]. In softplus form: never log(sigmoid), nothing added inside a log (E02, X25).
     """
-    gap = neg_scores - pos_scores[:, None]
+    gap = neg_scores - pos_scores[:, None].expand_as(neg_scores)  # [B] for [B, 1] would become [B, B]
     gap = gap if gap.shape[1] == 1 else gap.logsumexp(1)  # of one it is slow and no change
     return total(functional.softplus(gap)) / len(gap)
 
 
 def hinge_loss(pos_scores: Tensor, neg_scores: Tensor, margin: float) -> Tensor:
     """max(0, margin - s_ui + s_uj), mean over batch and negatives: the released code's ranking loss (case X10)."""
-    return total(functional.relu(margin - pos_scores[:, None] + neg_scores)) / neg_scores.numel()
+    return total(functional.relu(margin - pos_scores[:, None].expand_as(neg_scores) + neg_scores)) / neg_scores.numel()
 
 
 def contrast_loss(user_emb: Tensor, pos_emb: Tensor, hard_emb: Tensor, temperature: float) -> Tensor:

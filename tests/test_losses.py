@@ -102,3 +102,15 @@ def test_info_nce_equals_a_loop():
         cosines = [float(a[r] @ b[c] / (a[r].norm() * b[c].norm())) / 0.2 for c in range(5)]
         total -= cosines[r] - math.log(sum(math.exp(c) for c in cosines))
     assert losses.info_nce(a, b, 0.2).item() == pytest.approx(total / 5)
+
+
+def test_one_negative_a_row_is_a_column_and_never_every_row_s():
+    scores, vectors = torch.zeros(3), torch.zeros(3, 4)
+    assert losses.bpr_loss(scores, scores[:, None]).item() == pytest.approx(math.log(2))
+    for wrong in (
+        lambda: losses.bpr_loss(scores, scores),
+        lambda: losses.hinge_loss(scores, scores, 0.3),
+        lambda: losses.mix(vectors, vectors, 0.5),
+    ):
+        with pytest.raises(RuntimeError, match="expand"):
+            wrong()
