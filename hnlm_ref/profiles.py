@@ -196,7 +196,7 @@ def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: R
 
     cfg      AskConfig with profile_titles, the number of newest training items told of a user
     reviews  {"user", "item", "text"} of training rows
-    A profile without an answer is "" and counted: no other text stands in for it (case D20).
+    A profile without an answer is "" and counted: no other text stands in for it (case D20). All of them: UserError.
     """
     own: dict[int, dict[int, str]] = {}
     for review in reviews:
@@ -214,7 +214,14 @@ def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: R
         llm, tokenizer = load_llm(model, run.device)
         answer = partial(ask_local, llm, tokenizer, cfg)
     of = answers_depend_on(cfg, model)
-    replies = ask(questions, about, run.out / "profiles.jsonl", answer, PROFILE_KEY, of=of)
+    path = run.out / "profiles.jsonl"
+    replies = ask(questions, about, path, answer, PROFILE_KEY, of=of)
+    counts = Counter(reply.status for reply in replies)
+    if not counts["ok"]:
+        who = "endpoint_model" if cfg.endpoint else f"profile_model, now {model}"
+        raise UserError(
+            f"none of {len(replies)} answers is a profile ({dict(counts)}); see {path}, or name another {who}"
+        )
     for record, reply in zip([*prep.items, *prep.users], replies, strict=True):
         record["profile"] = reply.text or ""
-    return {f"profiles {status}": n for status, n in Counter(reply.status for reply in replies).items()}
+    return {f"profiles {status}": n for status, n in counts.items()}

@@ -1,7 +1,7 @@
 """Stage 1: turn a raw interaction log into clean, k-cored, split and numbered data with texts and profiles.
 
 Paper: data sets, item and user profiles. Reads the raw files (stages/DATA.md). Writes prep/: users.jsonl, items.jsonl,
-train|valid|test as CSR, train.order.npy; reviews.jsonl and skipped.jsonl if asked for.
+train|valid|test as CSR, train.order.npy; reviews.jsonl, skipped.jsonl and profiles.jsonl if asked for.
 
     python stages/01_prep.py --preset toy     # about 1 s on a CPU
 """

@@ -522,11 +522,20 @@ def test_llm_profiles_of_users_are_told_their_reviews_which_are_kept_as_well(ser
     assert load_jsonl(tmp_path / "prep" / "reviews.jsonl") == [{"user": 0, "item": 0, "text": "so goo"}]
 
 
-def test_profiles_by_a_local_model_keep_to_the_threads_and_are_written_anew_when_the_model_changes(tmp_path):
+def test_profiles_by_a_local_model_keep_to_the_threads_and_are_written_anew_when_the_model_changes(
+    tmp_path, monkeypatch
+):
     model, tokenizer = llm.tiny_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     words = ("--profiles", "llm", "--profile-model", tmp_path / "model", "--max-new-tokens", 1)
+    with pytest.raises(
+        UserError, match=r"none of 140 answers is a profile \({'bad': 140}\); .* profile_model, now .*model"
+    ):
+        run_stage("prep", tmp_path, *words)
+    said = json.dumps({prompts.PROFILE_KEY: "Likes chess"})
+    monkeypatch.setattr(llm, "generate_texts", lambda model, tokenizer, asked, n: [said for _ in asked])
+    words = (*words[:-1], 2)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -539,4 +548,4 @@ def test_profiles_by_a_local_model_keep_to_the_threads_and_are_written_anew_when
     next(model.parameters()).data.add_(1)
     model.save_pretrained(tmp_path / "model")
     run_stage("prep", tmp_path, *words)
-    assert load_json(manifest)["key"] != key and load_json(manifest)["counts"]["profiles bad"] == 140
+    assert load_json(manifest)["key"] != key and load_json(manifest)["counts"]["profiles ok"] == 140
