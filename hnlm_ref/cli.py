@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import io
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,7 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     if preset is None and "run_dir" not in typed_run:
         say(f"no --preset: every knob has its default, the run lies in {run.dir}")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `subprocess.run` ends the stage at work, too
     for command, cfg, stage_run, words in steps:
         folder, _, _, key = command.plan(cfg, stage_run)
         line = [sys.executable, str(stage_file(command.stage)), *(["--preset", preset] if preset else [])]

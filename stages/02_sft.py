@@ -109,10 +109,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
         item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
         if run.manifest("prep")["knobs"]["profiles"] == "template":
             # Choice: a template profile is a list of titles; its vector is the mean of the user's training items.
-            user_text = np.zeros((prep.n_users, item_text.shape[1]), np.float32)
-            for user, n in enumerate(progress(prep.train.degrees(), desc="user texts", unit="user")):
-                for share in item_text[prep.train.row(user)] / n:
-                    user_text[user] += share
+            user_text = np.empty((prep.n_users, item_text.shape[1]), np.float32)  # [U, d_llm]
+            for user in progress(range(prep.n_users), desc="user texts", unit="user"):
+                user_text[user] = item_text[prep.train.row(user)].mean(axis=0)
         else:
             user_text = llm.text_vectors(base, tokenizer, [user["profile"] for user in prep.users])
         if team.is_main_process:
