@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 
 from hnlm_ref.artifacts import no_half_characters
-from hnlm_ref.console import UserError
+from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import unknown
 
 BLOCK = 1 << 25  # bytes read at once
@@ -423,9 +423,11 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
                 line += len(frame)
         return
     decoder = None if layout.encoding.lower() in ("utf-8", "utf8") else codecs.getincrementaldecoder(layout.encoding)()
-    with _open(path)[0] as file:
+    size = path.stat().st_size >> 20
+    with _open(path)[0] as file, progress(total=size, desc=f"reading {path.name}", unit="MB") as bar:
         while True:
             chunk = _read(file, path, BLOCK)
+            bar.update((getattr(file, "fileobj", file).tell() >> 20) - bar.n)  # in the packed file, of a gzip file
             try:
                 data = rest + (decoder.decode(chunk, not chunk).encode() if decoder else chunk)
             except UnicodeError as error:
