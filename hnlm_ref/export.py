@@ -17,7 +17,7 @@ from hnlm_ref.view import View
 
 BLOCK = 4096  # users or rows at a time, so that memory does not grow with their number (but for npz)
 
-Block = dict[str, np.ndarray]  # equally long columns; texts are "U" arrays, vectors [n, d]
+Block = dict[str, np.ndarray | pl.Series]  # equally long columns; vectors [n, d]
 
 
 def export(run_dir: Path, what: str, kind: str, out: Path | None = None, method: str | None = None) -> list[Path]:
@@ -57,8 +57,8 @@ def export(run_dir: Path, what: str, kind: str, out: Path | None = None, method:
     return paths
 
 
-def _keys(rows: list[dict], name: str = "key") -> np.ndarray:
-    return np.array([row[name] for row in rows])
+def _keys(rows: list[dict], name: str = "key") -> pl.Series:
+    return pl.Series([row[name] for row in rows])  # each as long as it is: in an array all are as long as the longest
 
 
 def _negatives(view: View, folder: Path | None) -> Iterator[Block]:
@@ -79,7 +79,7 @@ def _negatives(view: View, folder: Path | None) -> Iterator[Block]:
         block = slice(start, start + BLOCK)
         (user, item), negative = pairs[block].T, negatives[block]
         score = (user_emb[user] * item_emb[negative]).sum(1) if folder else scores[block]
-        text = np.array([replies[row]["text"] for row in rows[block]]) if replies else titles[negative]
+        text = pl.Series([replies[row]["text"] for row in rows[block]]) if replies else titles[negative]
         source = np.full(len(user), "sampler" if folder else "llm")
         yield {
             "user": users[user], "item": items[item], "negative": items[negative], "score": score, "source": source,

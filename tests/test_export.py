@@ -128,7 +128,7 @@ def test_two_negatives_a_positive_by_hand_and_a_user_with_none_left(tmp_path, mo
     for name, table in vectors.items():
         save_npy(tmp_path / f"{name}.npy", np.array(table))
     blocks = list(module._negatives(SimpleNamespace(prep=prep, generated={}), tmp_path))
-    rows = [row for block in blocks for row in zip(*(block[n].tolist() for n in block), strict=True)]
+    rows = [row for block in blocks for row in pl.DataFrame(block).rows()]
     assert rows == [("u", "a", "c", 11, "sampler", "cc")] * 2 + [
         ("u", "b", "c", 11, "sampler", "cc"),
         ("u", "b", "b", 2, "sampler", "bb"),
@@ -138,11 +138,11 @@ def test_two_negatives_a_positive_by_hand_and_a_user_with_none_left(tmp_path, mo
             "match_scores": np.array([[0.5, 0.25], [0, 1]]), "replies": [{"text": "X"}, {"text": "Y"}]}  # fmt: skip
     view = SimpleNamespace(prep=prep, generated=made, run=SimpleNamespace(has=lambda stage: True))
     (block,) = module._negatives(view, None)
-    rows = list(zip(*(block[n].tolist() for n in block), strict=True))
+    rows = pl.DataFrame(block).rows()
     assert rows[:2] == [("v", "a", "c", 0.5, "llm", "X"), ("v", "a", "b", 0.25, "llm", "X")]
     assert rows[2:] == [("u", "b", "a", 1, "llm", "Y")]
     monkeypatch.setattr(module, "BLOCK", 2)
-    told = [(b["item_key"].tolist(), b["item_vector"].tolist()) for b in module._embeddings(view, tmp_path, "item")]
+    told = [(b["item_key"].to_list(), b["item_vector"].tolist()) for b in module._embeddings(view, tmp_path, "item")]
     assert told == [(["a", "b"], vectors["item"][:2]), (["c"], vectors["item"][2:])]
 
 
