@@ -177,7 +177,12 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             z = h.astype(np.float32)
             z -= 0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32)
         band = cfg.min_similarity, cfg.max_similarity
-        matches, scores = _core.match_items(z, item_vectors, users, *refused, cfg.n_matches, *band, run.n_threads)
+        blocks = list(zip(llm.cut(z, 1 << 14), llm.cut(users, 1 << 14), strict=True))
+        found = [
+            _core.match_items(some, item_vectors, theirs, *refused, cfg.n_matches, *band, run.n_threads)
+            for some, theirs in progress(blocks, desc="matching", unit="block")
+        ]
+        matches, scores = map(np.concatenate, zip(*found, strict=True))  # [N, m]
     if (matches < 0).all():
         raise UserError("no negative matches any item; widen min_similarity and max_similarity, or lower skip_ranks")
     save_npy(out / "item_vectors.npy", item_vectors)
