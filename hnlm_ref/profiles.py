@@ -101,6 +101,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
         for attempt in range(cfg.n_retries + 1):
             if attempt and stop.wait(max(BACK_OFF * 2 ** (attempt - 1), told)):
                 break
+            told = 0.0
             try:
                 with server.open(request, timeout=cfg.timeout_s) as reply:
                     content = json.load(reply)["choices"][0]["message"]["content"] or ""
@@ -108,9 +109,9 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
                     return content
                 failure = TypeError(f"the content is a {type(content).__name__}, not a text")
             except urllib.error.HTTPError as error:
-                failure, told = error, 0.0
+                failure = error
                 with contextlib.suppress(TypeError, ValueError):  # none given, or a date
-                    told = float(error.headers["Retry-After"])
+                    told = min(float(error.headers["Retry-After"]), 3600)  # Choice: no longer than an hour
                 if error.code < 500 and error.code not in (408, 429):
                     detail = ""
                     with contextlib.suppress(OSError, http.client.HTTPException):

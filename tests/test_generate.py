@@ -360,6 +360,11 @@ def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(ser
     waits.clear()
     list(profiles.ask_server(profiles.AskConfig(endpoint=server), [(0, "a")]))
     assert waits == [7, 7, 7]
+    monkeypatch.setattr(Server, "retry_after", "inf")
+    Server.plan, Server.seen = {"a": [500, "{"]}, []  # then half an answer, which says nothing of a wait
+    waits.clear()
+    list(profiles.ask_server(profiles.AskConfig(endpoint=server), [(0, "a")]))
+    assert waits == [3600, 1, 2]
 
 
 def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path, monkeypatch):
