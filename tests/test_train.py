@@ -244,3 +244,69 @@ def test_evaluation_has_the_same_bytes_for_any_number_of_threads(toy_run, tmp_pa
 def test_a_warm_start_of_another_dimension_is_refused(run_dir):
     with pytest.raises(UserError, match="vectors of 8 numbers, dim is 4"):
         train(run_dir, "uniform", "--warm-start", "--dim", "4")
+
+
+@pytest.mark.parametrize("adapter_grad", ["joint", "anchored"])
+def test_the_terms_of_a_loss_are_those_of_a_loop_over_its_rows(run_dir, adapter_grad):  # cases E03, E04, E06
+    """One batch holds all, and nothing moves at a rate of 0: the vectors written are those the loss was taken of."""
+    from safetensors.numpy import load_file
+
+    from hnlm_ref.samplers import Sampler
+    from hnlm_ref.training import epoch_seed
+
+    words = "--lr 0 --n-epochs 1 --batch-size 999 --backbone mf --n-negatives 2 --mix-alpha 0.6 --n-ramp-epochs 1"
+    words += " --rank-loss hinge --hinge-margin 0.7 --lambda-cl 3 --cl-temperature 0.5 --lambda-reg 5"
+    folder = train(run_dir, "hnlm", *words.split(), "--adapter-grad", adapter_grad)
+    user, item, model = (
+        load_npy(folder / "user.npy"),
+        load_npy(folder / "item.npy"),
+        load_file(folder / "model.safetensors"),
+    )
+    h, matches = (load_npy(run_dir / "generate" / f"{name}.npy") for name in ("embeddings", "matches"))
+    h, known = h.astype(np.float64), load_csr(run_dir / "prep", "train", N_ITEMS)
+    layers = [[model[f"adapter.mlp.{n}.{part}"] for part in ("weight", "bias")] for n in (0, 2)]
+    length = np.mean([np.sqrt(vector @ vector) for vector in item])
+    drawn = Sampler("uniform", known, n_negatives=2).draw(
+        np.repeat(np.arange(N_USERS, dtype=np.int32), 6), epoch_seed(0, 1)
+    )
+
+    def cosine(a, b):
+        return a @ b / np.sqrt(a @ a) / np.sqrt(b @ b)
+
+    found = {name: [] for name in ("rank", "cl", "anchor", "norm_hard", "norm_sampled", "l2")}
+    for row, (u, i) in enumerate(known.pairs()):
+        negatives = [item[j] for j in drawn[row, :, 0]]
+        found["l2"].append(sum(v @ v for v in (user[u], item[i], *negatives)) / 2)
+        if row % 2 == 0:  # every other pair has a generated vector
+            hidden = layers[0][0] @ ((h[row // 2] - h.mean(0)) / h.std(0)) + layers[0][1]
+            hard = layers[1][0] @ np.where(hidden > 0, hidden, 0.01 * hidden) + layers[1][1]
+            hard *= length / np.sqrt(hard @ hard)
+            nearest = matches[row // 2, 0]
+            if nearest not in known.row(u):
+                found["anchor"].append(((hard - item[nearest]) ** 2).sum() / 2)
+            found["cl"].append(np.log1p(np.exp((cosine(user[u], hard) - cosine(user[u], item[i])) / 0.5)))
+            found["norm_hard"].append(0.3 * np.sqrt(hard @ hard))  # in the first of two epochs alpha is half of 0.6
+            found["norm_sampled"] += [0.7 * np.sqrt(v @ v) for v in negatives]
+            negatives = [0.3 * hard + 0.7 * v for v in negatives]
+        found["rank"] += [max(0, 0.7 - user[u] @ item[i] + user[u] @ v) for v in negatives]
+    means = {name: np.mean(values) for name, values in found.items()}
+    if adapter_grad == "joint":
+        del means["anchor"]
+    means["loss"] = means["rank"] + 3 * means["cl"] + 5 * means["l2"] + means.get("anchor", 0)
+    (line,) = load_jsonl(folder / "log.jsonl")
+    assert {name: line[name] for name in means} == pytest.approx(means, rel=1e-4)
+    assert line["extra"] == 0 and ("anchor" in line) == (adapter_grad == "anchored")
+
+
+def test_an_anchored_adapter_is_moved_by_its_anchor_alone_which_moves_nothing_else(run_dir):
+    """One step. At so low a margin the hinge is 0 for all rows, so that with lambda_cl 0 only the anchor is left."""
+    from safetensors.numpy import load_file
+
+    words = "--n-epochs 1 --batch-size 999 --rank-loss hinge --hinge-margin -99 --lambda-reg 0 --adapter-grad anchored"
+    made = [
+        load_file(train(run_dir, "hnlm", *words.split(), "--lr", lr, "--lambda-cl", cl) / "model.safetensors")
+        for lr, cl in (("0", "0"), ("0.1", "0"), ("0.1", "3"))
+    ]
+    still, anchored, pushed = ({name: array.tolist() for name, array in model.items()} for model in made)
+    assert {name for name in still if still[name] != anchored[name]} == {name for name in still if ".mlp." in name}
+    assert {name for name in still if anchored[name] != pushed[name]} == {"encoder.table"}
