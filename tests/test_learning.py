@@ -93,8 +93,10 @@ def test_training_lowers_the_loss():
 
 def test_a_tensor_outside_the_optimiser_stops_the_start():  # case E01
     stray = nn.Parameter(torch.ones(()))
+    training = Training(extra=lambda epoch, loss: loss * stray)
     with pytest.raises(RuntimeError, match="other tensors than the optimiser"):
-        Training(extra=lambda epoch, loss: loss * stray).fit()
+        training.fit()
+    assert len(training.batches) == 1
     training = Training()
     training.model["idle"] = nn.Linear(2, 2)  # in the optimiser, but no part of the loss
     with pytest.raises(RuntimeError, match="other tensors than the optimiser"):
@@ -126,6 +128,14 @@ def test_patience_counts_validations_and_not_epochs(monkeypatch):
     done = Training(patience=2).fit(n_epochs=20, eval_every=3)
     assert (done.best_epoch, done.epoch) == (3, 9)
     assert [line["epoch"] for line in done.log if "valid_ndcg@20" in line] == [3, 6, 9]
+
+
+def test_the_last_epoch_is_validated_whatever_its_number(monkeypatch):
+    shown = script_validation(monkeypatch, [0.1, 0.2])
+    training = Training()
+    done = training.fit(n_epochs=4, eval_every=3)
+    assert [line["epoch"] for line in done.log if "valid_ndcg@20" in line] == [3, 4] and done.best_epoch == 4
+    assert (recommender.embeddings(training.encoder)[0] == shown[1]).all()
 
 
 def test_the_first_loss_that_is_not_finite_stops_and_the_checkpoint_stays(tmp_path):  # case E11
@@ -265,6 +275,17 @@ def test_rlmrec_s_losses_are_those_of_a_loop_over_nodes():
     final = rlmrec.project(torch.cat(encoder.split(layers))).detach()
     expected = likeness(final[rlmrec.masked], rlmrec.text[rlmrec.masked])
     assert encoder.extra_loss(batch, layers).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_at_most_1024_masked_nodes_enter_a_loss_and_a_number_that_all_texts_share_is_no_news():
+    text = np.random.default_rng(0).standard_normal((1100, 4)).astype(np.float32)
+    text[:, 1] = 5
+    rlmrec = baselines.RlmRecGenerative(text, 700, 6, weight=1.0)
+    assert (rlmrec.text[:, 1] == 0).all()
+    rlmrec.masked, nodes = torch.arange(1100), torch.randn(1100, 6)
+    found = rlmrec.extra_loss(None, *nodes.split([700, 400])).item()
+    projected = rlmrec.project(nodes[:1024]).detach()
+    assert found == pytest.approx(losses.info_nce(projected, rlmrec.text[:1024], 0.2).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["rlmrec_con", "rlmrec_gen"])

@@ -48,6 +48,12 @@ def test_an_item_nobody_took_keeps_its_ego_vector_only(small):
     assert item_emb[2] == pytest.approx(encoder.table[3 + 2].detach().numpy() / 3)
 
 
+def test_lightgcn_starts_from_a_tenth_and_mf_from_a_hundredth():
+    train = Csr.from_pairs([], [], 300, 200)
+    for make, deviation in ((LightGCN, 0.1), (Encoder, 0.01)):
+        assert make(train, 64).table.std().item() == pytest.approx(deviation, rel=0.05)
+
+
 def test_mf_scores_its_table(small):
     encoder = Encoder(small, 4)
     user_emb, item_emb = recommender.embeddings(encoder)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hnlm_ref import samplers
+from hnlm_ref import _core, samplers
 from hnlm_ref.artifacts import Csr, save_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.samplers import Batch, Sampler
@@ -273,6 +273,23 @@ def test_guarded_draws_are_uniform_over_what_is_left():
     assert set(everything_blocked.ravel()) == {1, 2, 3, 4, 5}
 
 
+@pytest.mark.parametrize(("name", "size"), [("dns", 4), ("popularity", 1)])
+def test_of_eight_more_draws_the_guard_keeps_the_first_again_and_again_if_they_are_too_few(name, size):
+    train = csr([[0], [0], [0, 1, 2, 3, 4, 5, 6, 7]], 8)
+    blocked = csr([[1, 2, 3], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]], 8)
+    rows = np.repeat(np.array([0, 1], np.int32), 200)
+    if name == "dns":
+        drawn = Sampler("dns", train, pool_size=size + 8).draw(rows, 3)[:, 0]
+    else:
+        counts = np.bincount(train.indices).astype(float)
+        drawn = _core.sample_popularity(train.indptr, train.indices, counts, rows, size + 8, 3, 0)
+    passed = [[i for i in row if i not in blocked.row(user)] or row[:1] for user, row in zip(rows, drawn, strict=True)]
+    assert {min(len(row), size + 1) for row in passed} >= {size, size + 1} and (drawn[:, 0] < 4).any()
+    expected = [[row[place % len(row)] for place in range(size)] for row in passed]
+    guarded = Sampler(name, train, pool_size=4, popularity_beta=1.0, blocked=blocked)
+    assert guarded.draw(rows, 3)[:, 0].tolist() == expected
+
+
 # ---- generated negatives ----------------------------------------------------------------------------------------
 
 
@@ -392,9 +409,17 @@ def test_a_pair_behind_the_last_training_pair_is_refused(tmp_path):
 
 def test_the_logged_percentile_is_the_share_of_items_scored_lower():
     item_emb = torch.tensor([[1.0, 1], [2, 0], [0, 4], [1, 2]])  # scored by (1, 1): 2, 2, 4, 3
-    users, negatives = torch.ones(2, 2), item_emb[torch.tensor([[3], [1]])]  # [2, 1, 2]
+    users, negatives = torch.ones(2, 2), item_emb[torch.tensor([[3, 0], [1, 2]])]  # [2, 2, 2], the second is not asked
     assert samplers.percentile(users, negatives, item_emb).item() == (2 / 4 + 0 / 4) / 2
     assert samplers.percentile(users, negatives, item_emb, n_rows=1).item() == 2 / 4
+
+
+def test_a_place_without_a_match_needs_no_score(tmp_path):
+    matches, scores = np.array([[1, -1], [-1, -1]], np.int32), np.full((2, 2), np.nan, np.float32)
+    scores[0, 0] = 0.5
+    folder = write_generated(tmp_path / "g", [[0, 0], [1, 0]], 4, 2, matches=matches, match_scores=scores)
+    found, _ = generated(folder, csr([[0], [0]], 4)).matches_of(torch.arange(2))
+    assert found.tolist() == [[1, -1], [-1, -1]]
 
 
 def test_a_vector_of_zeros_counts_as_none(tmp_path):  # a reply that named no item
@@ -404,6 +429,21 @@ def test_a_vector_of_zeros_counts_as_none(tmp_path):  # a reply that named no it
     assert made.row_of.tolist() == [0, -1, 2]
     assert made.mean.tolist() == [2, 4]
     assert made.deviation.tolist() == [1, 2]
+
+
+def test_more_vectors_than_are_read_at_once_are_one_table(tmp_path):  # they are read by 4,096
+    train = csr([range(100)] * 42, 101)
+    vectors = np.random.default_rng(0).standard_normal((4200, 8)).astype(np.float16)
+    vectors[[50, 4150]] = 0
+    found = generated(write_generated(tmp_path / "g", train.pairs(), 101, embeddings=vectors), train)
+    assert torch.nonzero(found.row_of < 0)[:, 0].tolist() == [50, 4150]
+    kept = np.delete(vectors, [50, 4150], 0).astype(np.float64)
+    assert found.mean == pytest.approx(kept.mean(0), abs=1e-6) and found.deviation == pytest.approx(
+        kept.std(0), abs=1e-6
+    )
+    vectors[4160, 3] = np.nan
+    with pytest.raises(UserError, match="row 4160, user 41 and item 60, holds a number that is not finite"):
+        generated(write_generated(tmp_path / "g", train.pairs(), 101, embeddings=vectors), train)
 
 
 def test_too_small_a_coverage_is_refused_and_zero_always(tmp_path):  # cases E12, E13

@@ -162,11 +162,14 @@ def test_as_hard_is_the_rate_of_the_21_ranks_around():
 def test_quality_is_of_users_who_have_negatives_and_of_nothing_it_is_none():
     """Of more than a thousand users every second is looked at: of those asked about."""
     n = 1500
-    nobody, valid = Csr.from_pairs([], [], n, 3), Csr.from_pairs([], [], n, 3)
+    nobody, valid = Csr.from_pairs([], [], n, 3), Csr.from_pairs([1], [0], n, 3)
     cf, text = (np.ones((n, 1)), np.array([[3.0], [2.0], [1.0]])), (np.ones((n, 1)), np.ones((3, 1)))
     kinds = {"made": np.array([[0], [1]]), "none": np.array([[-1], [-1]])}
     found, none = quality(kinds, np.array([1, 3]), prep_of(nobody, valid), cf, text).values()
     assert found["warm_up_percentile"] == (1 + 1 / 2) / 2 and set(none.values()) == {None}
+    assert found["false_rate_as_hard"] == pytest.approx(1 / 2 / 3, abs=1e-5)  # one of the two asked about has one
+    of_all = {"made": np.where(np.arange(n) % 2, -1, 0)[:, None]}  # of the users not looked at none has a match
+    assert quality(of_all, np.arange(n), prep_of(nobody, valid), cf, text)["made"]["matched"] == 1
 
 
 # ---- the stage ----------------------------------------------------------------------------------------------------
