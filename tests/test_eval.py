@@ -9,8 +9,10 @@ import pytest
 from test_metrics import csr
 
 from hnlm_ref import analyses, metrics
-from hnlm_ref.artifacts import Csr, Run, load_csr, load_json, load_jsonl, load_npy, save_npy
+from hnlm_ref.artifacts import Csr, Run, load_csr, load_json, load_jsonl, load_npy, save_csr, save_npy
 from hnlm_ref.cli import load_stage
+
+METHODS = "uniform", "dns", "hnlm"  # of the toy run
 
 
 def test_groups_hold_equal_shares_of_the_interactions():
@@ -19,6 +21,7 @@ def test_groups_hold_equal_shares_of_the_interactions():
     assert analyses.equal_groups(counts, 2).tolist() == [1, 0, 0, 0, 0]
     assert analyses.equal_groups(np.array([1, 1, 1, 1]), 2).tolist() == [0, 0, 1, 1]  # ties are cut by number
     assert analyses.equal_groups(np.ones(400, int), 2).tolist() == [0] * 200 + [1] * 200
+    assert analyses.equal_groups(np.arange(400) % 2, 2).tolist() == [0] * 200 + [0, 1] * 100
     assert analyses.equal_groups(np.array([0, 0]), 3).tolist() == [0, 0]
     assert analyses.equal_groups(np.array([0, 0, 7]), 5).tolist() == [0, 0, 2]  # the middle of all there is
     groups = analyses.describe_groups(analyses.equal_groups(counts, 2), counts, np.array([0, 3, 4]), 3)
@@ -42,6 +45,9 @@ def test_the_spread_of_lists_is_counted_over_the_whole_catalogue():
     assert found == {"coverage": 0.6, "gini": pytest.approx(16 / 30), "head_share": 0.5}
     ends = np.array([[0, 79], [80, 399]])  # all are as popular: the first fifth by number is the head
     assert analyses.describe_lists(ends, np.ones(400, int))["head_share"] == 0.5
+    assert analyses.describe_lists(np.array([[0, 1, 2]]), np.arange(8, 0, -1))["head_share"] == 2 / 3  # 1.6 are two
+    odd = np.arange(400) % 2  # 80 of the 200 odd numbers are the head: 1 to 159
+    assert analyses.describe_lists(np.array([[159, 161]]), odd)["head_share"] == 0.5
 
 
 def test_false_negatives_are_held_against_chance():
@@ -105,9 +111,57 @@ def test_metrics_json_says_what_a_slow_twin_says(toy_run):
     assert metrics.mean(per_user[row]) == found["methods"]["dns"]["seed0"]["ndcg@20"]  # no rounding, case C18
 
 
+def test_groups_and_negatives_are_those_of_loops_over_seeds_and_users(toy_run, tmp_path):
+    """Two seeds, the second with its vectors turned round and other negatives; the first five users have no test."""
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    prep = Run(run).prep()
+    pairs = load_csr(run / "prep", "test", prep.n_items).pairs()
+    pairs = pairs[pairs[:, 0] >= 5]
+    save_csr(run / "prep", "test", Csr.from_pairs(*pairs.T, prep.n_users, prep.n_items))
+    second = shutil.copytree(run / "train" / "dns" / "seed0", run / "train" / "dns" / "seed1")
+    save_npy(second / "user.npy", -load_npy(second / "user.npy"))
+    shutil.copy(run / "train" / "uniform" / "seed0" / "negatives.npy", second / "negatives.npy")
+    words = "--preset", "toy", "--run-dir", str(run), "--methods", "dns", "--n-seeds", "2", "--k", "20,5"
+    load_stage("eval").main([*words, "--n-users", "55"], standalone_mode=False)
+    told = load_json(run / "eval" / "metrics.json")
+    assert (told["users"], told["users_without_test"], told["subset"]) == (55, 5, None)
+
+    popularity = np.bincount(prep.train.indices, minlength=prep.n_items)
+    item_groups, user_groups = analyses.equal_groups(popularity, 10), analyses.equal_groups(prep.train.degrees(), 5)
+    n_negatives = 0
+    for seed in (0, 1):
+        folder = run / "train" / "dns" / f"seed{seed}"
+        scores = load_npy(folder / "user.npy").astype(np.float64) @ load_npy(folder / "item.npy").astype(np.float64).T
+        hits, ndcg = [[] for _ in range(10)], [[] for _ in range(5)]
+        for user in range(5, prep.n_users):
+            known, wanted = {*prep.train.row(user), *prep.valid.row(user)}, pairs[pairs[:, 0] == user][:, 1].tolist()
+            ranking = [item for item in np.argsort(-scores[user], kind="stable").tolist() if item not in known][:20]
+            gain = sum(1 / np.log2(place + 2) for place, item in enumerate(ranking) if item in wanted)
+            ndcg[user_groups[user]].append(gain / sum(1 / np.log2(place + 2) for place in range(len(wanted))))
+            for item in wanted:
+                hits[item_groups[item]].append(item in ranking)
+        found = told["methods"]["dns"][f"seed{seed}"]
+        assert found["by_popularity"] == pytest.approx([np.mean(group) if group else None for group in hits])
+        assert found["by_activity"] == pytest.approx([np.mean(group) if group else None for group in ndcg])
+        n_negatives += (load_npy(folder / "negatives.npy")[:, 0] >= 5).sum()
+        assert [group["test_pairs"] for group in told["popularity_groups"]] == [len(group) for group in hits]
+    assert told["negatives"]["dns"]["n"] == n_negatives
+    tested = [int((user_groups[pairs[:, 0]] == group).sum()) for group in range(5)]
+    assert [group["test_pairs"] for group in told["activity_groups"]] == tested
+
+    kept = []
+    for seed in (0, 1):  # a subset is another one for another seed
+        load_stage("eval").main(
+            [*words, "--n-seeds", "1", "--seed", str(seed), "--n-users", "7"], standalone_mode=False
+        )
+        kept.append(np.flatnonzero(~np.isnan(load_npy(run / "eval" / "per_user" / f"dns-seed{seed}.npy")[0])).tolist())
+    assert len(kept[0]) == len(kept[1]) == 7 and kept[0] != kept[1] and min(*kept[0], *kept[1]) >= 5
+
+
 def test_no_seconds_stand_in_the_files_that_make_the_fingerprint(toy_run):
     manifest = load_json(toy_run / "eval" / "manifest.json")
     assert {"metrics.json", "comparisons.json", "per_user/hnlm-seed0.npy"} <= set(manifest["files"])
+    assert list(manifest["inputs"]) == ["prep", "sft", "generate", *(f"train/{m}/seed0" for m in METHODS)]
     assert "report.html" not in manifest["files"] and (toy_run / "eval" / "report.html").exists()
     assert "seconds" not in (toy_run / "eval" / "metrics.json").read_text(encoding="utf-8")
 
@@ -160,6 +214,7 @@ def test_comparisons_are_those_of_the_per_user_files(toy_run):
     a, b = (load_npy(toy_run / "eval" / "per_user" / f"{method}-seed0.npy")[row] for method in ("dns", "uniform"))
     assert told["dns", "ndcg@20"]["p"] == metrics.sign_flip_p(a, b)
     assert told["dns", "ndcg@20"]["difference"] == pytest.approx(np.nanmean(a - b))
+    assert set(told) == {(method, metric) for method in ("dns", "hnlm") for metric in ("recall@20", "ndcg@20")}
 
 
 def test_rows_of_a_csr_come_in_the_order_asked_for():
