@@ -428,6 +428,15 @@ def test_a_row_below_min_rating_gives_no_review_to_the_row_that_stays(tmp_path):
     assert [review["text"] for review in load_jsonl(tmp_path / "reviews.jsonl")] == ["good", "fine"]
 
 
+def test_where_min_rating_is_not_applied_to_the_log_it_is_not_to_its_reviews(tmp_path):
+    prepare(tmp_path / "bare", "user,item,text\nu,a,one\nu,b,two\n", min_rating=4, review_chars=9)
+    (tmp_path / "test.csv").write_text("user,item\nu,c\nv,b\n", encoding="utf-8")
+    log, ready = "user,item,rating,text\nu,b,1,one\nv,c,5,two\n", {"test_file": str(tmp_path / "test.csv")}
+    prepare(tmp_path / "ready", log, min_rating=4, review_chars=9, **ready)
+    for name in ("bare", "ready"):
+        assert [row["text"] for row in load_jsonl(tmp_path / name / "reviews.jsonl")] == ["one", "two"]
+
+
 def test_a_second_row_of_an_item_is_counted(tmp_path):
     (tmp_path / "items.csv").write_text("item,title\na,A\nb,B\na,other\nz,Z\n", encoding="utf-8")
     done = prepare(tmp_path, "user,item\nu,a\nu,b\n", items=str(tmp_path / "items.csv"))

@@ -95,6 +95,8 @@ def test_one_hit_at_rank_one_of_three_is_no_perfect_ndcg():
 def test_lists_hold_no_masked_no_repeated_item_and_pad_with_minus_one():
     _, lists = score_metrics([[0.4, 0.3, 0.2, 0.1]], [[0, 1]], [[3]], [2, 10])
     assert lists.tolist() == [[2, 3] + [-1] * 8]
+    vectors = np.array([[1.0]]), np.array([[1.0], [3], [2]])  # asked for ten of three items, one of them known
+    assert metrics.recommend(*vectors, Csr.from_pairs([0], [1], 1, 3), 10)[0].tolist() == [[2, 0, -1]]
 
 
 def test_a_user_without_any_recommendation_counts_as_zero():
@@ -266,6 +268,10 @@ def test_the_sampled_p_comes_near_the_exact_one():
     exact = metrics.sign_flip_p(diff, np.zeros(16))
     padded = np.concatenate([diff, [1e-9]])  # a 17th user who changes nothing brings the sampling in
     assert metrics.sign_flip_p(padded, np.zeros(17)) == pytest.approx(exact, abs=0.02)
+    # Of 40 equal differences a random pattern of signs is as far out once in 2^39: what is there is counted as one.
+    assert metrics.sign_flip_p(np.ones(40), np.zeros(40), n_samples=99) == 1 / 100
+    other = metrics.sign_flip_p(padded, np.zeros(17), seed=1)
+    assert metrics.compare(padded, np.zeros(17), seed=1)["p"] == other != metrics.sign_flip_p(padded, np.zeros(17))
 
 
 def test_the_bootstrap_interval_is_that_of_the_normal_for_many_users():
@@ -296,6 +302,8 @@ def test_the_interval_of_independent_draws_is_wilson_s():
     drawn = np.ones(100)
     assert metrics.share_interval((np.arange(100) < 10) * 1.0, drawn) == pytest.approx((0.1, 0.0552, 0.1744), abs=1e-4)
     assert metrics.share_interval(np.zeros(100), drawn) == pytest.approx((0, 0, 0.0370), abs=1e-4)
+    alike = np.ones(10), np.full(10, 10.0)  # one of every user's ten: no less spread is believed than independence has
+    assert metrics.share_interval(*alike) == pytest.approx((0.1, 0.0552, 0.1744), abs=1e-4)
 
 
 def test_draws_of_one_user_that_agree_count_as_one():
