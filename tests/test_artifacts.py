@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from hnlm_ref import artifacts
-from hnlm_ref.artifacts import Csr, Run, load_json, load_npy, resolve_path, run_stage, save_json, save_jsonl, save_npy
+from hnlm_ref.artifacts import (
+    Csr,
+    Prep,
+    Run,
+    load_json,
+    load_npy,
+    resolve_path,
+    run_stage,
+    save_json,
+    save_jsonl,
+    save_npy,
+)
 from hnlm_ref.console import UserError
 
 
@@ -92,8 +103,15 @@ def test_work_in_progress_of_other_knobs_is_not_resumed(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         stage(run, "prep", 1, calls, crash_after="step")
     assert "dropped" not in capsys.readouterr().err
-    stage(run, "prep", 2, calls)
-    assert calls == ["fresh", "fresh"]
+    (tmp_path / ".prep.partial" / "answers.part").touch()  # it tells by its name what it is of
+
+    def main(run):
+        assert [path.name for path in run.out.glob("*.*")] == ["answers.part"]
+        return {}
+
+    run_stage("prep", run, {}, {}, "other", main)
+    assert [path.name for path in (tmp_path / "prep").iterdir()] == ["manifest.json"]
+    assert calls == ["fresh"]
     assert "[prep] work that was begun with other knobs, inputs or code is dropped" in capsys.readouterr().err
 
 
@@ -130,6 +148,15 @@ def test_a_key_covers_the_order_of_what_is_read(tmp_path):
     assert keys[0] != keys[1]
 
 
+def test_a_key_covers_the_version_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "stage.py").touch()
+    keys = []
+    for version in ("1", "2"):
+        monkeypatch.setattr(artifacts, "__version__", version)
+        keys.append(artifacts.stage_key({}, 0, {}, (), tmp_path / "stage.py"))
+    assert keys[0] != keys[1]
+
+
 def test_two_commands_do_not_work_in_one_folder(tmp_path):
     def main(run):
         save_npy(run.out / "mine.npy", np.zeros(1))
@@ -150,6 +177,28 @@ def test_death_between_manifest_and_rename_is_mended_without_working_again(tmp_p
     shutil.copytree(tmp_path / "prep", tmp_path / ".prep.old")  # died before the replaced folder was gone
     stage(run, "prep", 2, calls)
     assert load_npy(tmp_path / "prep" / "result.npy") == [4] and [p.name for p in tmp_path.iterdir()] == ["prep"]
+
+
+def test_a_folder_has_no_manifest_in_its_final_place_before_it_is_whole(tmp_path, monkeypatch):
+    def killed(path, value):
+        assert path == tmp_path / ".prep.partial" / "manifest.json"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "save_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage(Run(tmp_path), "prep", 1, [])
+    assert [path.name for path in tmp_path.iterdir()] == [".prep.partial"]
+
+
+def test_the_trainings_of_a_run_are_methods_times_seeds_from_its_own_seed_on(tmp_path):
+    run = Run(tmp_path, seed=5, n_seeds=2, methods=("dns", "a"))
+    assert run.trained() == ["train/dns/seed5", "train/dns/seed6", "train/a/seed5", "train/a/seed6"]
+
+
+def test_a_history_runs_from_the_oldest_item_to_the_newest():
+    train = Csr.from_pairs([0, 1, 1, 1], [2, 0, 1, 3], 2, 4)
+    prep = Prep([], [], train, train, np.array([0, 2, 3, 1]))  # of user 1 item 1 came first, then 3, then 0
+    assert [prep.history(user).tolist() for user in (0, 1)] == [[2], [1, 3, 0]]
 
 
 def test_every_process_gets_as_many_pieces_and_a_repeated_one_does_not_count():

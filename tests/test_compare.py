@@ -63,7 +63,7 @@ def finished(tmp_path, monkeypatch):
     for variant, score in scores.items():
         for seed in (5, 6):
             stages[f"train/{variant}/seed{seed}"] = {"valid ndcg@20": score, "best epoch": 10 * seed}
-            save_npy(tmp_path / f"{variant}-seed{seed}.npy", np.full((2, 40), score) + (seed - 5) * np.eye(2, 40))
+            save_npy(tmp_path / f"{variant}-seed{seed}.npy", score * (1 + (seed - 5) * np.eye(2, 40)))
     for stage, counts in stages.items():
         (tmp_path / stage).mkdir(parents=True)
         timing = {"seconds_per_epoch": 1.5 if stage.endswith("5") else 2.0}
@@ -102,8 +102,10 @@ def test_compare_trains_every_setting_once_and_the_best_with_all_seeds(finished,
     assert told["grid"]["dns"] == {"dns@pool_size=2": 0.4, "dns@pool_size=4": 0.2}
     assert [row["best other"] for row in told["rows"]] == ["dns", "hnlm", "dns"]
     assert [row["settings tried"] for row in told["rows"]] == [1, 2, 1]
-    assert [row["paired"]["difference"] for row in told["rows"]] == pytest.approx([-0.3, 0.1, -0.1])
-    line = "| dns@pool_size=2 | 0.4550 ± 0.0071 | 0.4000 ± 0.0000 | 1.75 | 55 | 2 | +0.1000 to hnlm, p = "
+    assert [row["paired"]["difference"] for row in told["rows"]] == pytest.approx(
+        [d * (1 + 1 / 2 / 40) for d in (-0.3, 0.1, -0.1)]  # one of 40 users has twice as much by one of two seeds
+    )
+    line = "| dns@pool_size=2 | 0.4550 ± 0.0071 | 0.4000 ± 0.0000 | 1.75 | 55 | 2 | +0.1013 to hnlm, p = "
     assert line in text and text.count("\n") == 8 and (run.dir / "compare.md").read_text(encoding="utf-8") == text
     below = [f"* {m}: {', '.join(f'{k} {v}' for k in SHARED)}" for m, v in (("uniform, dns", "seed5"), ("hnlm", True))]
     assert text.splitlines()[6:] == below
