@@ -11,8 +11,8 @@ from torch import nn
 from hnlm_ref import baselines, losses, metrics, recommender
 from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
-from hnlm_ref.samplers import Batch, Sampler, trainable_pairs
-from hnlm_ref.training import fit
+from hnlm_ref.samplers import Batch, Generated, Sampler, trainable_pairs
+from hnlm_ref.training import epoch_seed, fit, negatives_of
 
 
 def make_log(n_users=30, n_items=25, n_per_user=7, seed=0):
@@ -121,6 +121,38 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_rest(monkeypatch):  # case
     done = training.fit(n_epochs=6)
     assert (done.best_epoch, done.epoch, done.best_score) == (3, 5, 0.3)
     assert (recommender.embeddings(training.encoder)[0] == shown[2]).all()
+
+
+def test_the_validation_is_the_ndcg_of_a_loop_over_users():
+    training = Training()
+    done = training.fit()
+    user_emb, item_emb = recommender.embeddings(training.encoder)
+    found = []
+    for user, scores in enumerate(user_emb.astype(float) @ item_emb.T.astype(float)):
+        ranking = [item for item in np.argsort(-scores).tolist() if item not in training.train.row(user)][:20]
+        places = [ranking.index(item) for item in training.valid.row(user) if item in ranking]
+        found.append(sum(1 / math.log2(place + 2) for place in places) / (1 + 1 / math.log2(3)))  # each holds out two
+    assert done.best_score == done.log[done.best_epoch - 1]["valid_ndcg@20"] == pytest.approx(np.mean(found))
+
+
+def test_the_negatives_told_of_a_training_are_drawn_with_the_whole_share_by_the_vectors_that_are_scored():
+    training = enhanced("rlmrec_gen")
+    encoder, pairs = training.encoder, trainable_pairs(training.train)
+    with torch.no_grad():
+        encoder.enhancer.mask.fill_(7)  # a masked node is there in training only
+    drawn = training.sampler.draw(np.ascontiguousarray(pairs[:, 0]), epoch_seed(3, 0))[:, 0]
+    user_emb, item_emb = recommender.embeddings(encoder)
+    expected = [
+        [u, max(pool, key=lambda j: user_emb[u] @ item_emb[j])]
+        for u, pool in zip(pairs[:, 0].tolist(), drawn.tolist(), strict=True)
+    ]
+    assert negatives_of(encoder, training.sampler, pairs, 3, 32).tolist() == expected
+
+    matches = torch.from_numpy(drawn[:, :2].astype(np.int64))  # not taken, whatever they are
+    made = Generated(torch.arange(len(pairs)), None, None, None, matches, torch.zeros(len(pairs), 2))
+    late = Sampler("hnlm_matched", training.train, generated=made, n_ramp_epochs=99)
+    first, second = (negatives_of(encoder, late, pairs, 3, 32) for _ in range(2))
+    assert (first == second).all() and all(j in row for j, row in zip(first[:, 1], matches.tolist(), strict=True))
 
 
 def test_patience_counts_validations_and_not_epochs(monkeypatch):

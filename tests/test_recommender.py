@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hnlm_ref import recommender, training
+from hnlm_ref import losses, recommender, samplers, training
 from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
 from hnlm_ref.recommender import Encoder, LightGCN, SemanticAdapter
@@ -108,6 +108,27 @@ def test_attention_runs_between_the_pieces_of_a_vector():
 def test_attention_needs_vectors_of_equal_pieces():
     with pytest.raises(UserError, match="30 numbers are not 8 equal pieces"):
         SemanticAdapter(np.zeros(30, np.float32), np.ones(30, np.float32), 4, 8, "attention")
+
+
+def test_the_warm_up_is_lightgcn_with_the_hardest_of_four_and_a_little_l2():
+    rng = np.random.default_rng(0)
+    train, valid = (Csr.from_pairs(rng.integers(0, 30, n), rng.integers(0, 20, n), 30, 20) for n in (200, 60))
+    torch.manual_seed(training.epoch_seed(4, 0))
+    encoder, sampler = LightGCN(train, 8, 2), samplers.Sampler("dns", train, pool_size=4)
+
+    def batch_loss(batch, layers):
+        user_emb, item_emb = encoder.split(layers)
+        j, e_j = sampler.pick(batch, layers, user_emb, item_emb)
+        e_u, e_i = (torch.nn.functional.embedding(*of) for of in ((batch.users, user_emb), (batch.items, item_emb)))
+        rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
+        return rank + 1e-4 * losses.l2_loss(encoder.table, batch.users, 30 + batch.items, 30 + j), {}
+
+    how = {"seed": 4, "lr": 0.02, "n_epochs": 9, "batch_size": 50}
+    model = torch.nn.ModuleDict({"encoder": encoder})
+    training.fit(model, batch_loss, sampler.draw, samplers.trainable_pairs(train), train, valid, **how, patience=5)
+    found = training.warm_up(train, valid, **how, device="cpu", dim=8)
+    for table, expected in zip(found, recommender.embeddings(encoder), strict=True):
+        assert (table == expected).all()
 
 
 def test_warm_up_learns_two_tastes_repeats_and_goes_on(tmp_path):
