@@ -174,7 +174,7 @@ def test_a_user_who_took_everything_is_named_and_skipped(tmp_path, capsys):  # c
     write_prep(tmp_path, Csr.from_pairs(rows, items, 2, 5), Csr.from_pairs([1], [1], 2, 5))
     folder = train(tmp_path, "uniform")
     assert "1 users have no item left as a negative" in (told := capsys.readouterr().err)
-    assert "'u0' (5 of 5 items seen)" in told
+    assert "'u0' (5 of 5 items seen)" in told and "short of" not in told
     assert set(load_npy(folder / "negatives.npy")[:, 0]) == {1}
     assert load_json(folder / "manifest.json")["counts"]["pairs skipped, no negative left"] == 5
 
@@ -189,13 +189,13 @@ def test_users_who_all_took_everything_leave_nothing_to_train_on(tmp_path):
 
 
 def test_users_short_of_candidates_are_counted(tmp_path, capsys):  # case B11: 3 free items, a pool of 50
-    rows, items = np.array([0] * 57 + [1]), np.array([*range(57), 0])
-    write_prep(tmp_path, Csr.from_pairs(rows, items, 2, 60), Csr.from_pairs([1], [1], 2, 60))
+    rows, items = np.array([0] * 57 + [1] + [2] * 20), np.array([*range(57), 0, *range(20)])
+    write_prep(tmp_path, Csr.from_pairs(rows, items, 3, 60), Csr.from_pairs([1], [1], 3, 60))
     train(tmp_path, "dns", "--pool-size", "50")
-    assert "1 users are short of 50 candidates, by 47 at most" in capsys.readouterr().err
+    assert "2 users are short of 50 candidates, by 47 at most" in capsys.readouterr().err
 
 
-def test_negatives_of_another_preparation_are_refused(run_dir):  # cases A22, E13
+def test_negatives_of_another_preparation_are_refused(run_dir, capsys):  # cases A22, E13
     manifest = {"fingerprint": "g", "inputs": {"prep": "other"}, "counts": {}}
     save_json(run_dir / "generate" / "manifest.json", manifest)
     with pytest.raises(UserError, match="was made from prep other"):
@@ -205,6 +205,10 @@ def test_negatives_of_another_preparation_are_refused(run_dir):  # cases A22, E1
         train(run_dir, "hnlm", "--generate-dir", str(run_dir / "elsewhere"))
     save_json(run_dir / "elsewhere" / "manifest.json", {**manifest, "inputs": {"prep": "p"}})
     assert train(run_dir, "hnlm_matched", "--generate-dir", str(run_dir / "elsewhere")).is_dir()
+    assert "will be replaced" not in capsys.readouterr().err
+    save_json(run_dir / "elsewhere" / "manifest.json", {**manifest, "inputs": {"prep": "p"}, "fingerprint": "h"})
+    train(run_dir, "hnlm_matched", "--generate-dir", str(run_dir / "elsewhere"))
+    assert "made with other knobs, inputs or code; it will be replaced" in capsys.readouterr().err
 
 
 def test_too_few_generated_pairs_are_refused_unless_allowed(run_dir):  # case E12
@@ -256,6 +260,7 @@ def test_the_terms_of_a_loss_are_those_of_a_loop_over_its_rows(run_dir, adapter_
 
     words = "--lr 0 --n-epochs 1 --batch-size 999 --backbone mf --n-negatives 2 --mix-alpha 0.6 --n-ramp-epochs 1"
     words += " --rank-loss hinge --hinge-margin 0.7 --lambda-cl 3 --cl-temperature 0.5 --lambda-reg 5"
+    words += " --warm-start --base-sampler dns --pool-size 3"
     folder = train(run_dir, "hnlm", *words.split(), "--adapter-grad", adapter_grad)
     user, item, model = (
         load_npy(folder / "user.npy"),
@@ -266,7 +271,9 @@ def test_the_terms_of_a_loss_are_those_of_a_loop_over_its_rows(run_dir, adapter_
     h, known = h.astype(np.float64), load_csr(run_dir / "prep", "train", N_ITEMS)
     layers = [[model[f"adapter.mlp.{n}.{part}"] for part in ("weight", "bias")] for n in (0, 2)]
     length = np.mean([np.sqrt(vector @ vector) for vector in item])
-    drawn = Sampler("uniform", known, n_negatives=2).draw(
+    assert (user == load_npy(run_dir / "sft" / "cf_user.npy")).all()
+    assert (item == load_npy(run_dir / "sft" / "cf_item.npy")).all()
+    drawn = Sampler("dns", known, n_negatives=2, pool_size=3).draw(
         np.repeat(np.arange(N_USERS, dtype=np.int32), 6), epoch_seed(0, 1)
     )
 
@@ -275,7 +282,7 @@ def test_the_terms_of_a_loss_are_those_of_a_loop_over_its_rows(run_dir, adapter_
 
     found = {name: [] for name in ("rank", "cl", "anchor", "norm_hard", "norm_sampled", "l2")}
     for row, (u, i) in enumerate(known.pairs()):
-        negatives = [item[j] for j in drawn[row, :, 0]]
+        negatives = [item[max(pool, key=lambda j: user[u] @ item[j])] for pool in drawn[row].tolist()]
         found["l2"].append(sum(v @ v for v in (user[u], item[i], *negatives)) / 2)
         if row % 2 == 0:  # every other pair has a generated vector
             hidden = layers[0][0] @ ((h[row // 2] - h.mean(0)) / h.std(0)) + layers[0][1]
@@ -310,3 +317,47 @@ def test_an_anchored_adapter_is_moved_by_its_anchor_alone_which_moves_nothing_el
     still, anchored, pushed = ({name: array.tolist() for name, array in model.items()} for model in made)
     assert {name for name in still if still[name] != anchored[name]} == {name for name in still if ".mlp." in name}
     assert {name for name in still if anchored[name] != pushed[name]} == {"encoder.table"}
+
+
+def test_a_training_is_validated_and_ended_as_its_knobs_say(run_dir):
+    """At a rate of 0 no validation is better than the first, at epoch 2: the two after it are at 4 and 6."""
+    words = "--lr 0 --eval-every 2 --patience 2 --n-epochs 9"
+    folder = train(run_dir, "uniform", *words.split())
+    log = load_jsonl(folder / "log.jsonl")
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in log if "valid_ndcg@20" in line] == [2, 4, 6]
+
+
+def test_an_enhancer_is_told_the_texts_of_users_and_of_items(run_dir):
+    """One batch at a rate of 0, with all users and items in it: the InfoNCE of each side by a loop."""
+    from safetensors.numpy import load_file
+
+    words = "--sampler uniform --enhancer rlmrec_con --backbone mf --lr 0 --n-epochs 1 --batch-size 999"
+    folder = train(run_dir, "mine", *words.split(), "--lambda-extra", "3", "--lambda-reg", "0")
+    model, (line,) = load_file(folder / "model.safetensors"), load_jsonl(folder / "log.jsonl")
+    texts = [load_npy(run_dir / "sft" / f"{side}_text.npy").astype(float) for side in ("user", "item")]
+    both, (first, second) = np.concatenate(texts), [f"encoder.enhancer.project.{n}." for n in (0, 2)]
+    expected = 0
+    for side, text in zip(("user", "item"), texts, strict=True):
+        hidden = (text - both.mean(0)) / both.std(0) @ model[first + "weight"].T + model[first + "bias"]
+        told = np.where(hidden > 0, hidden, 0.01 * hidden) @ model[second + "weight"].T + model[second + "bias"]
+        mine = load_npy(folder / f"{side}.npy").astype(float)
+        cosines = [[a @ b / np.sqrt(a @ a) / np.sqrt(b @ b) / 0.2 for b in told] for a in mine]
+        expected += np.mean([np.log(np.exp(row).sum()) - row[n] for n, row in enumerate(cosines)])
+    assert line["extra"] == pytest.approx(expected, rel=1e-4)
+    assert line["loss"] == pytest.approx(line["rank"] + 3 * line["extra"], rel=1e-5)
+
+
+def test_the_guard_refuses_matched_items_as_well(run_dir):
+    from hnlm_ref.samplers import semantic_guard
+
+    known = load_csr(run_dir / "prep", "train", N_ITEMS)
+    blocked = semantic_guard(load_npy(run_dir / "sft" / "item_text.npy"), known, -0.5)
+    left = [
+        any(item not in known.row(user) and item not in blocked.row(user) for item in row)
+        for user, row in zip(known.pairs()[::2, 0], load_npy(run_dir / "generate" / "matches.npy"), strict=True)
+    ]
+    folder = train(run_dir, "hnlm_matched", "--guard-threshold", "-0.5", "--min-coverage", "0")
+    manifest = load_json(folder / "manifest.json")
+    assert manifest["counts"]["pairs with a generated negative"] == sum(left) < 100
+    assert list(manifest["inputs"]) == ["prep", "sft", "generate"]
