@@ -148,11 +148,18 @@ def test_the_negatives_told_of_a_training_are_drawn_with_the_whole_share_by_the_
     ]
     assert negatives_of(encoder, training.sampler, pairs, 3, 32).tolist() == expected
 
-    matches = torch.from_numpy(drawn[:, :2].astype(np.int64))  # not taken, whatever they are
-    made = Generated(torch.arange(len(pairs)), None, None, None, matches, torch.zeros(len(pairs), 2))
+    others = [  # for each pair a free item that is not the first one drawn
+        next(j for j in range(25) if j not in (pool[0], *training.train.row(u)))
+        for u, pool in zip(pairs[:, 0], drawn, strict=True)
+    ]
+    matches = torch.tensor(others)[:, None]
+    made = Generated(torch.arange(len(pairs)), None, None, None, matches, torch.zeros(len(pairs), 1))
     late = Sampler("hnlm_matched", training.train, generated=made, n_ramp_epochs=99)
-    first, second = (negatives_of(encoder, late, pairs, 3, 32) for _ in range(2))
-    assert (first == second).all() and all(j in row for j, row in zip(first[:, 1], matches.tolist(), strict=True))
+    assert negatives_of(encoder, late, pairs, 3, 32)[:, 1].tolist() == others
+
+    among_top = Sampler("dns_mn", training.train, pool_size=9)
+    first, second = (negatives_of(encoder, among_top, pairs, 3, 32).tolist() for _ in range(2))
+    assert first == second
 
 
 def test_patience_counts_validations_and_not_epochs(monkeypatch):
