@@ -256,6 +256,8 @@ def test_held_out_rows_older_than_their_users_last_training_row_are_counted(tmp_
     done = prepare(tmp_path, log, test_file=str(tmp_path / "test.csv"), time_unit="s")
     assert done.counts["test"] == 4 and done.counts["held-out rows older than their user's last training row"] == 2
     assert done.history("u") == ["a", "b"] and done.counts["held-out pairs also in an earlier part"] == 1
+    places = prepare(tmp_path, log, test_file=str(tmp_path / "test.csv"), time_unit="order")  # of two files, not times
+    assert places.counts["test"] == 4 and not any("older" in name for name in places.counts)
 
 
 def test_the_parts_of_a_ready_split_have_times_in_one_unit_or_none(tmp_path):

@@ -69,7 +69,8 @@ def test_show_gives_one_user_s_history_negatives_and_recommendations(toy_run, cl
     assert told["held_out"] == view.run.test().row(user).tolist()
     folder = toy_run / "train" / "dns" / "seed0"
     scores = load_npy(folder / "item.npy") @ load_npy(folder / "user.npy")[user]
-    known = set(view.known.row(user).tolist())
+    known = {*prep.train.row(user).tolist(), *prep.valid.row(user).tolist()}
+    assert len(known) > len(prep.train.row(user))
     free = sorted((item for item in range(prep.n_items) if item not in known), key=lambda item: -scores[item])
     assert told["lists"]["dns"] == free[:20] and told["n_free"] == len(free)
     for pair in told["pairs"]:  # a training item is placed among the others as if it were new
@@ -109,6 +110,18 @@ def test_a_mean_over_seeds_is_taken_place_by_place_and_an_empty_group_stays_empt
     assert View.mean(view, "dns", "groups") == [pytest.approx(0.2), pytest.approx(float("nan"), nan_ok=True)]
     seeds["seed1"]["lists"] = {"a": 2, "b": 5}
     assert View.mean(view, "dns", "lists") == [1.5, 3.5]
+
+
+def test_a_user_s_value_is_the_mean_over_seeds_of_its_column(tmp_path):
+    (tmp_path / "per_user").mkdir()
+    for seed, values in enumerate(([[9, 9], [0.1, np.nan]], [[9, 9], [0.4, np.nan]])):
+        save_npy(tmp_path / "per_user" / f"dns-seed{seed}.npy", np.array(values))
+    view = SimpleNamespace(
+        metrics={"columns": ["recall@20", "ndcg@20"]}, eval_dir=tmp_path, methods={"dns": {"seed0": {}, "seed1": {}}}
+    )
+    view.prep = SimpleNamespace(users=[{"key": "a"}, {"key": "b"}])
+    found = View.per_user(view, "dns", "ndcg@20")
+    assert list(found) == ["a", "b"] and found["a"] == pytest.approx(0.25) and np.isnan(found["b"])
 
 
 def test_pairs_without_a_readable_reply_are_there_again(tmp_path):
