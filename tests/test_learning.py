@@ -321,6 +321,8 @@ def test_at_most_1024_masked_nodes_enter_a_loss_and_a_number_that_all_texts_shar
     text[:, 1] = 5
     rlmrec = baselines.RlmRecGenerative(text, 700, 6, weight=1.0)
     assert (rlmrec.text[:, 1] == 0).all()
+    few = baselines.RlmRecGenerative(text[:10], 6, 6, weight=1.0)
+    assert (few.augment(torch.ones(10, 6)) == 0).all(1).sum() == 2  # one alone could be told from nothing
     rlmrec.masked, nodes = torch.arange(1100), torch.randn(1100, 6)
     found = rlmrec.extra_loss(None, *nodes.split([700, 400])).item()
     projected = rlmrec.project(nodes[:1024]).detach()

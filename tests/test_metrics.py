@@ -268,6 +268,7 @@ def test_the_sampled_p_comes_near_the_exact_one():
     exact = metrics.sign_flip_p(diff, np.zeros(16))
     padded = np.concatenate([diff, [1e-9]])  # a 17th user who changes nothing brings the sampling in
     assert metrics.sign_flip_p(padded, np.zeros(17)) == pytest.approx(exact, abs=0.02)
+    assert metrics.sign_flip_p(np.ones(16), np.zeros(16)) == 2 / 2**16  # up to 16 it is exact
     # Of 40 equal differences a random pattern of signs is as far out once in 2^39: what is there is counted as one.
     assert metrics.sign_flip_p(np.ones(40), np.zeros(40), n_samples=99) == 1 / 100
     other = metrics.sign_flip_p(padded, np.zeros(17), seed=1)

@@ -414,6 +414,16 @@ def test_the_logged_percentile_is_the_share_of_items_scored_lower():
     assert samplers.percentile(users, negatives, item_emb, n_rows=1).item() == 2 / 4
 
 
+def test_a_pool_that_matched_items_join_has_its_own_size_and_is_drawn_evenly():
+    train = csr([[0], [1], [1]], 30)
+    draws = [
+        Sampler(name, train, base_sampler="popularity", pool_size=3).draw(np.zeros(9, np.int32), 1)
+        for name in ("hnlm_pool", "hnlm_matched")
+    ]
+    assert [drawn.shape for drawn in draws] == [(9, 1, 3), (9, 1, 1)]
+    assert set(draws[1].ravel()) == {1} != set(draws[0].ravel())  # by popularity there is one item user 0 has not taken
+
+
 def test_a_place_without_a_match_needs_no_score(tmp_path):
     matches, scores = np.array([[1, -1], [-1, -1]], np.int32), np.full((2, 2), np.nan, np.float32)
     scores[0, 0] = 0.5
