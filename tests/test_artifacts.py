@@ -148,6 +148,12 @@ def test_a_key_covers_the_order_of_what_is_read(tmp_path):
     assert keys[0] != keys[1]
 
 
+def test_a_key_covers_knobs_and_seed(tmp_path):
+    (tmp_path / "stage.py").touch()
+    keys = {artifacts.stage_key({"k": k}, seed, {}, (), tmp_path / "stage.py") for k in (1, 2) for seed in (1, 2)}
+    assert len(keys) == 4
+
+
 def test_a_key_covers_the_version_of_the_package(tmp_path, monkeypatch):
     (tmp_path / "stage.py").touch()
     keys = []

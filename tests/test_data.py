@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -298,6 +299,21 @@ def test_a_bound_in_time_that_is_not_given_follows_from_its_ratio():
     assert parts("6.0", None) == "-----vvvee" and parts("6.0", "8.0") == "-----vveee"
     with pytest.raises(UserError, match=r"valid_from 9\.0 is not before the last 0\.2 of the rows, test_ratio: valida"):
         parts("9.0", None)
+
+
+def test_a_user_of_two_rows_keeps_one_to_train_on_and_a_seed_says_which(tmp_path):
+    log = "user,item\n" + "".join(f"u{u},i{i}\n" for u in range(30) for i in range(2))
+    done = [prepare(tmp_path / str(seed), log, seed=seed, valid_ratio=0.5, test_ratio=0.5) for seed in (0, 1)]
+    for found in done:
+        assert [found.counts[part] for part in data.PARTS] == [30, 0, 30]
+    assert done[0].pairs("train") != done[1].pairs("train")
+
+
+def test_the_nearest_reading_of_published_sizes_may_be_larger_or_smaller(capsys):
+    load_stage("prep")
+    compare = sys.modules["hnlm_stage_prep"].compare
+    compare({"half": (5, 5, 5), "more": (11, 11, 11), "far more": (30, 30, 30)}, (10, 10, 10))
+    assert "nearest: more" in capsys.readouterr().err
 
 
 def test_rows_in_any_order_give_the_same_files(case_input, tmp_path):
