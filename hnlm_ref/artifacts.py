@@ -38,6 +38,7 @@ from hnlm_ref import __version__
 from hnlm_ref.console import QUIET, UserError, say
 
 STAGES = ("prep", "sft", "generate", "train", "eval")
+WORK = ("*.part", "checkpoint.safetensors", "shard*.npy")  # work in progress, for a restart; gone in the end
 LARGE = 1 << 28  # bytes; Choice: larger input files are known by size and time of change, not by content
 
 
@@ -378,8 +379,8 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
     """Do a stage's work unless it is done: skip, resume or start; the manifest last; then the rename.
 
     Work in progress lies in a hidden folder that is kept when the process dies, so `main` may find checkpoints of its
-    own there; another key wipes it, but for files *.part, whose names tell what they are of; they go in the end. The
-    finished folder of an earlier run stays until the new one is whole.
+    own there; another key wipes it, but for files *.part, whose names tell what they are of. Files of `WORK` go when no
+    process looks for them any more. The finished folder of an earlier run stays until the new one is whole.
     Raises UserError when another command is at work in the hidden folder. Under torchrun or `accelerate launch` every
     process calls `main`, but only the first one touches the folder here.
     """
@@ -421,7 +422,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             team.destroy_process_group()
         if not leads:
             return
-        for kept in partial.glob("*.part"):
+        for kept in (path for pattern in WORK for path in partial.glob(pattern)):
             kept.unlink()
         outputs = [p for p in sorted(partial.rglob("*")) if p.is_file() and p != key_file and p.stem != "report"]
         hashes = {p.relative_to(partial).as_posix(): _sha256(p) for p in outputs}

@@ -281,7 +281,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
     model.load_state_dict(best, strict=False)
     model.save(out)
     save_jsonl(out / "log.jsonl", state["log"])
-    checkpoint.unlink(missing_ok=True)
     kept = next(line for line in state["log"][1:] if line["held_out_objective"] == state["best"])
     counted |= {"triplets": n_triplets, "steps": state["step"], "before": state["log"][0], "kept": kept}
     return {"counts": counted}

@@ -84,7 +84,7 @@ def in_shards(
                 save_npy(paths[-1], h)
             n_done += sum(sizes[r] for r in shard)
     bar.close()
-    if not team.is_main_process:  # the first process deletes the files in the end, maybe before another has read them
+    if not team.is_main_process:  # the first process alone goes on
         return np.empty(0), {}
     speed = {"tokens_per_second": round(n_done / (time.time() - started), 1)}
     return np.concatenate([load_npy(path, mmap=True) for path in paths]), speed  # held once: it may be many GB
@@ -202,8 +202,6 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     save_json(out / "quality.json", table)
     for figure in table["uniform"]:
         say(f"[generate] {figure:22}" + "".join(f"{name}: {figures[figure]!s:<12}" for name, figures in table.items()))
-    for path in out.glob("shard*.npy"):
-        path.unlink()
     counts |= {"pairs": len(pairs), "pairs without match": int((matches[:, 0] < 0).sum())}
     return {"counts": counts, "timing": timing}
 

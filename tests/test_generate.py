@@ -53,7 +53,7 @@ def test_every_training_pair_has_a_vector_of_its_own_and_matches_that_the_user_h
     assert not list(folder.glob("shard*"))
 
 
-def test_only_the_first_of_several_processes_reads_the_files_which_it_deletes_in_the_end(tmp_path):
+def test_only_the_first_of_several_processes_has_the_vectors(tmp_path):
     stage = load_stage("generate")
     in_shards, rows = stage.main_function.__globals__["in_shards"], [([1], [[2], [3]]), ([1, 2], [[3]])]
     encode = lambda some: np.concatenate([np.full((len(parts), 4), len(prefix)) for prefix, parts in some])  # noqa: E731

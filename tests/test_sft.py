@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hnlm_ref import llm, losses
+from hnlm_ref import artifacts, llm, losses
 from hnlm_ref.artifacts import Csr, Prep, Run, load_json, load_jsonl, load_npy, save_json, save_jsonl
 from hnlm_ref.cli import load_stage, stage_file
 from hnlm_ref.console import UserError
@@ -464,6 +464,22 @@ def test_two_processes_tune_and_generate_what_one_does(by_one, toy_run, tmp_path
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [0, 0, 1, 2, 3, 4]
     for one, two in zip(logs[0][2:], logs[1][2:], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+
+
+def test_work_in_progress_is_deleted_when_no_process_looks_for_it_any_more(tmp_path, monkeypatch):
+    """A slow process that found its checkpoint or shard missing would begin anew, alone, and wait for the others."""
+    kept = []
+
+    def wait():
+        kept.append([p.name for p in tmp_path.glob(".*.partial/*") if p.name.startswith(("checkpoint", "shard"))])
+
+    team = SimpleNamespace(is_main_process=True, wait_for_everyone=wait, destroy_process_group=lambda: None)
+    run_stage("prep", tmp_path)
+    monkeypatch.setattr(artifacts, "_team", lambda stage, run: team)
+    run_stage("sft", tmp_path, "--n-users", 8, "--pairs-per-user", 1)
+    run_stage("generate", tmp_path, "--pairs-per-user", 1)
+    assert kept == [[], ["checkpoint.safetensors"], [], ["shard000000000.npy"]]
+    assert not [*tmp_path.glob("*/checkpoint*"), *tmp_path.glob("*/shard*")]
 
 
 def test_sharded_weights_are_half_in_each_of_two_processes(tmp_path):
