@@ -394,9 +394,10 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
     if done:
         say(f"[{stage}] done before, nothing changed: {final}")
         return
-    if final.exists() and not (final / "manifest.json").exists() and (final.is_file() or any(final.iterdir())):
-        raise UserError(f"{final} holds no manifest.json, so no stage wrote it; move it or choose another --run-dir")
     if leads and final.exists():
+        if not run.has(stage) and (final.is_file() or any(final.iterdir())):
+            told = f"{final} holds no manifest.json, so no stage wrote it"
+            raise UserError(f"{told}; move it or choose another --run-dir")
         say(f"[{stage}] {final} was made with other knobs, inputs or code; it will be replaced")
     lock = None
     try:
@@ -407,8 +408,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             if leads:
                 _promote(partial, final)
             return
-        begun = key_file.read_text(encoding="utf-8") if key_file.exists() else None
-        if leads and begun != key:
+        if leads and (begun := key_file.read_text(encoding="utf-8") if key_file.exists() else None) != key:
             if begun is not None:
                 say(f"[{stage}] work that was begun with other knobs, inputs or code is dropped")
             for old in (path for path in partial.iterdir() if path.suffix != ".part"):

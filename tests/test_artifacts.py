@@ -207,6 +207,16 @@ def test_a_history_runs_from_the_oldest_item_to_the_newest():
     assert [prep.history(user).tolist() for user in (0, 1)] == [[2], [1, 3, 0]]
 
 
+def test_what_the_first_of_several_processes_moves_and_deletes_no_other_looks_at(tmp_path, monkeypatch):
+    (tmp_path / "sft" / "adapter").mkdir(parents=True)  # half of an old folder
+    (tmp_path / ".sft.partial" / "key").mkdir(parents=True)  # no file: reading it fails
+    team = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None, destroy_process_group=lambda: None)
+    monkeypatch.setattr(artifacts, "_team", lambda *_: team)
+    calls: list[Run] = []
+    run_stage("sft", Run(tmp_path), {}, {}, "key", calls.append)
+    assert [run.out for run in calls] == [tmp_path / ".sft.partial"]
+
+
 def test_every_process_gets_as_many_pieces_and_a_repeated_one_does_not_count():
     shares = [
         list(artifacts.own_share(["a", "b", "c"], SimpleNamespace(num_processes=2, process_index=n))) for n in (0, 1)
