@@ -405,7 +405,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             partial.mkdir(parents=True, exist_ok=True)
             lock = _lock(partial)
         if moving:
-            if leads:
+            if leads and is_done(partial, key):  # else another command has ended the move in the meantime
                 _promote(partial, final)
             return
         if leads and (begun := key_file.read_text(encoding="utf-8") if key_file.exists() else None) != key:
@@ -458,7 +458,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
         ) from error  # case D21
     finally:
         if lock is not None:
-            if partial.is_dir() and [p.name for p in partial.iterdir()] == ["key"]:
+            if partial.is_dir() and {p.name for p in partial.iterdir()} <= {"key"}:
                 shutil.rmtree(partial)  # nothing to resume from
             os.close(lock)
     say(f"[{stage}] {seconds:.1f} s, written to {final}")

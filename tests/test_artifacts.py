@@ -207,6 +207,17 @@ def test_a_history_runs_from_the_oldest_item_to_the_newest():
     assert [prep.history(user).tolist() for user in (0, 1)] == [[2], [1, 3, 0]]
 
 
+def test_a_move_that_another_command_ends_in_the_meantime_is_not_made_again(tmp_path, monkeypatch):
+    run, calls = Run(tmp_path), []
+    stage(run, "prep", 1, calls)
+    partial = (tmp_path / "prep").rename(tmp_path / ".prep.partial")
+    # The other one moves when this one has looked and has no lock yet.
+    monkeypatch.setattr(artifacts, "_team", lambda *_: artifacts._promote(partial, tmp_path / "prep"))
+    stage(run, "prep", 1, calls)
+    assert calls == ["fresh"] and load_npy(tmp_path / "prep" / "result.npy") == [2]
+    assert [p.name for p in tmp_path.iterdir()] == ["prep"]
+
+
 def test_what_the_first_of_several_processes_moves_and_deletes_no_other_looks_at(tmp_path, monkeypatch):
     (tmp_path / "sft" / "adapter").mkdir(parents=True)  # half of an old folder
     (tmp_path / ".sft.partial" / "key").mkdir(parents=True)  # no file: reading it fails
