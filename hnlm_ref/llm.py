@@ -12,9 +12,11 @@ prefix + continuation alone would give, while the prefix is computed (and in tun
 """
 
 import contextlib
+import functools
 import io
 import os
 import threading
+import timeit
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -124,19 +126,28 @@ def tiny_model(family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), fast
 
 
-def choose_dtype(name: str, device: str) -> torch.dtype:
-    """ "auto": bfloat16 where the GPU or the CPU multiplies in it, else float32; never float16: it overflows (D12).
+@functools.cache
+def bfloat16_pays() -> bool:
+    """Whether this CPU multiplies in bfloat16 at least twice as fast as in float32; best of five products each.
 
-    Of CPUs those with AMX do: SmolLM2 reads prompts there twice as fast as in float32, and tunes as well. AVX-512's
-    instructions alone are slower than float32.
+    Those with AMX do (SmolLM2 reads prompts there twice as fast, and tunes as well) and AMD's with AVX-512 (reads three
+    times, tunes twice as fast). On Intel's the instructions of AVX-512 alone are slower than float32.
     """
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        return min(timeit.repeat(lambda: nn.functional.linear(x, weight), number=1, repeat=5))
+
+    with one_thread():
+        return 2 * seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """ "auto": bfloat16 where the GPU has it or on the CPU it pays, else float32; never float16: it overflows (D12)."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device == "cuda":
-        has_it = torch.cuda.is_bf16_supported()
-    else:  # torch 2.10 cannot be asked
-        has_it = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if has_it else torch.float32
+    pays = torch.cuda.is_bf16_supported() if device == "cuda" else bfloat16_pays()
+    return torch.bfloat16 if pays else torch.float32
 
 
 def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa", load_in_4bit: bool = False) -> Any:

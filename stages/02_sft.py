@@ -23,7 +23,7 @@ class SftConfig:
 
     # model
     model: str = knob("tiny", "tiny, a folder, a hub id, a .gguf file, or package:NAME/path")
-    dtype: str = knob("auto", "frozen weights; auto: bfloat16 on GPU or CPU with AMX", ("auto", "float32", "bfloat16"))
+    dtype: str = knob("auto", "frozen weights; auto: bfloat16 where it is faster", ("auto", "float32", "bfloat16"))
     attention: str = knob(
         "sdpa", "of transformers; eager tunes faster on short prompts in bfloat16 on a CPU", ("sdpa", "eager")
     )

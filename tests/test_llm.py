@@ -517,9 +517,15 @@ def test_the_size_of_the_weights_is_told_from_the_configuration():
 )
 def test_auto_is_bfloat16_only_where_the_gpu_or_the_cpu_multiplies_in_it(monkeypatch, name, device, able, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able and device == "cuda")
-    cpu = {"avx512_bf16": True, "amx_bf16": able and device == "cpu"}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    monkeypatch.setattr(llm, "bfloat16_pays", lambda: able and device == "cpu")
     assert llm.choose_dtype(name, device) == chosen
+
+
+@pytest.mark.parametrize(("times", "pays"), [((1, 3), True), ((1, 2), False), ((3, 1), False)])
+def test_bfloat16_pays_where_the_best_of_its_products_takes_less_than_half_the_time(monkeypatch, times, pays):
+    seen = iter(times)
+    monkeypatch.setattr(llm.timeit, "repeat", lambda product, **_: [9, next(seen) if product().all() else 0, 9])
+    assert llm.bfloat16_pays.__wrapped__() is pays
 
 
 # ---- threads ----------------------------------------------------------------------------------------------------
