@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from hnlm_ref.artifacts import load_json, load_npy, resolve_path, save_json, whole
 from hnlm_ref.console import UserError, progress, say
+from hnlm_ref.losses import one_thread, products_vary, steady
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
 TINY = "tiny"
@@ -55,20 +56,6 @@ transformers.utils.logging.disable_progress_bar()
 def set_threads(n_threads: int) -> None:
     if n_threads:
         torch.set_num_threads(n_threads)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """For sums that depend on how many threads share them: LAPACK's, and those of bfloat16 on a CPU.
-
-    Products in float32 do not, see `hnlm_ref/__init__.py`.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def cut(work: Sequence, size: int) -> list:
@@ -102,7 +89,7 @@ def sums_vary(llm: Any, backward: bool = False) -> bool:
     """
     weight = llm.get_input_embeddings().weight
     eager = backward and llm.config._attn_implementation == "eager"
-    return weight.device.type == "cpu" and (weight.dtype == torch.bfloat16 or eager)
+    return weight.device.type == "cpu" and (weight.dtype == torch.bfloat16 or eager or products_vary())
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------
@@ -573,6 +560,7 @@ def load_negative_model(llm: Any, folder: Path, cf_user: np.ndarray, cf_item: np
 
 
 @torch.inference_mode()
+@steady()
 def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
     """head(h) of stored vectors, float [N, d_llm] -> float32 [N, d_out]."""
     device = model.cf_user.device

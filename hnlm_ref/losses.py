@@ -5,6 +5,11 @@ row, M candidates per negative, d recommender dimension, d_llm dimension of the 
 P rows of a batch that have a generated negative, m matched items per pair, K length of a list.
 """
 
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +20,34 @@ def total(x: Tensor) -> Tensor:
     if x.numel() <= 1 << 14:
         return x.sum()
     return torch.stack([piece.sum() for piece in x.flatten().split(1 << 14)]).sum()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For what depends on how many threads share it: LAPACK's sums, those of bfloat16 on a CPU, see `products_vary`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def products_vary() -> bool:
+    """Whether products in float32 depend on the number of threads: MKL's do not on Intel's processors alone.
+
+    Its switch for that, set in `hnlm_ref/__init__.py`, does nothing on others.
+    """
+    told = Path("/proc/cpuinfo")
+    return not (told.exists() and "GenuineIntel" in told.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def steady() -> Iterator[None]:
+    """Products in here are the same for any number of threads."""
+    with one_thread() if products_vary() else contextlib.nullcontext():
+        yield
 
 
 # ---- recommender ------------------------------------------------------------------------------------------------

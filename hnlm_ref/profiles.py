@@ -62,7 +62,8 @@ def ask_local(
     llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()
 ) -> Answers:
     """Greedy answers in batches of prompts of like length; batches are those of all questions, whichever are `done`."""
-    from hnlm_ref.llm import chat_ids, cut, generate_texts, one_thread, sums_vary
+    from hnlm_ref.llm import chat_ids, cut, generate_texts, sums_vary
+    from hnlm_ref.losses import one_thread
 
     prompts = [(number, chat_ids(tokenizer, text)) for number, text in questions]
     prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hnlm_ref import _core
+from hnlm_ref import _core, losses
 from hnlm_ref.artifacts import Csr, load_npy
 from hnlm_ref.console import UserError, progress, say
 
@@ -80,6 +80,7 @@ def trainable_pairs(train: Csr) -> np.ndarray:
 
 
 @torch.no_grad()
+@losses.steady()
 def percentile(user_emb: Tensor, neg_emb: Tensor, item_emb: Tensor, n_rows: int = 64) -> Tensor:
     """Share of the catalogue scored below a row's first negative, mean of the first `n_rows` rows: 1 is hardest."""
     scores = user_emb[:n_rows] @ item_emb.T  # [64, I]

@@ -93,6 +93,24 @@ def test_the_losses_told_of_a_training_are_those_of_one_thread(cli, toy_run, tmp
     assert manifests[0]["files"] == manifests[1]["files"]
 
 
+def test_dense_layers_and_tuning_in_float32_are_the_same_for_any_number_of_threads(cli, toy_run, tmp_path):
+    """Of 8 threads: with MKL on processors that are not Intel's products depend on them."""
+    found = []
+    for n_threads in (1, 8):
+        run = shutil.copytree(toy_run, tmp_path / str(n_threads))
+        words = ("--preset", "toy", "--run-dir", run, "--n-threads", n_threads)
+        for line in (
+            ("train", "--method", "dns@enhancer=kar", "--n-epochs", 2),
+            ("sft", "--n-users", 12, "--pairs-per-user", 2, "--held-out-users", 4, "--grad-accum", 2),
+        ):
+            done = cli(*line, *words)
+            assert done.returncode == 0, done.stderr
+        found.append(
+            [load_json(run / name / "manifest.json")["files"] for name in ("train/dns@enhancer=kar/seed0", "sft")]
+        )
+    assert found[0] == found[1]
+
+
 def test_a_run_without_test_items_is_refused_before_anything_is_trained(cli, tmp_path):
     done = cli("all", "--preset", "toy", "--run-dir", tmp_path / "run", "-o", "prep.test_ratio=0")
     assert done.returncode == 1 and "holds no test items to evaluate" in done.stderr
