@@ -38,7 +38,7 @@ from hnlm_ref import __version__
 from hnlm_ref.console import QUIET, UserError, say
 
 STAGES = ("prep", "sft", "generate", "train", "eval")
-WORK = ("*.part", "checkpoint.safetensors", "shard*.npy")  # work in progress, for a restart; gone in the end
+WORK = ("*.part", "checkpoint.safetensors", "warm_up.safetensors", "shard*.npy")  # in progress, for a restart
 LARGE = 1 << 28  # bytes; Choice: larger input files are known by size and time of change, not by content
 
 
@@ -408,12 +408,14 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             if leads and is_done(partial, key):  # else another command has ended the move in the meantime
                 _promote(partial, final)
             return
-        if leads and (begun := key_file.read_text(encoding="utf-8") if key_file.exists() else None) != key:
-            if begun is not None:
-                say(f"[{stage}] work that was begun with other knobs, inputs or code is dropped")
-            for old in (path for path in partial.iterdir() if path.suffix != ".part"):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-            key_file.write_text(key, encoding="utf-8")
+        if leads:
+            begun = key_file.read_text(encoding="utf-8") if key_file.exists() else None
+            if begun != key:
+                if begun is not None:
+                    say(f"[{stage}] work that was begun with other knobs, inputs or code is dropped")
+                for old in (path for path in partial.iterdir() if path.suffix != ".part"):
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+                key_file.write_text(key, encoding="utf-8")
         if team:
             team.wait_for_everyone()  # the folder is ready
         result = main(replace(run, out=partial))

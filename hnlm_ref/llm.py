@@ -85,7 +85,8 @@ def in_parallel(function: Callable, batches: Iterable, device: str) -> Iterator:
 def sums_vary(llm: Any, backward: bool = False) -> bool:
     """Whether the model's sums depend on how many threads share them.
 
-    On a CPU those of bfloat16 do, and in the backward pass those of eager attention, through its softmax.
+    On a CPU those of bfloat16 do, in the backward pass those of eager attention, through its softmax, and all where
+    products in float32 do.
     """
     weight = llm.get_input_embeddings().weight
     eager = backward and llm.config._attn_implementation == "eager"

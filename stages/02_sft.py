@@ -95,11 +95,10 @@ def main(cfg: SftConfig, run: Run) -> dict:
     # The collaborative signal c_u, c_i: from train alone, early-stopped on valid.
     with team.main_process_first():
         if not (out / "cf_item.npy").exists():
-            begun, how = out / "warm_up.safetensors", {"seed": run.seed, "device": device, "n_threads": run.n_threads}
-            tables = warm_up(prep.train, prep.valid, **how, checkpoint=begun, checkpoint_every=5)
+            how = {"seed": run.seed, "device": device, "n_threads": run.n_threads, "checkpoint_every": 5}
+            tables = warm_up(prep.train, prep.valid, **how, checkpoint=out / "warm_up.safetensors")
             for name, table in zip(("cf_user", "cf_item"), tables, strict=True):
                 save_npy(out / f"{name}.npy", table)
-            begun.unlink(missing_ok=True)
     cf_user, cf_item = load_npy(out / "cf_user.npy"), load_npy(out / "cf_item.npy")  # [U, d_cf], [I, d_cf]
 
     # Text vectors of the untuned model, for targets, guards and text-enhanced recommenders.
