@@ -66,7 +66,7 @@ def train_ours(run, backbone, sampler, pool_size, batch_size, n_epochs, seed=0):
 
     def batch_loss(batch, layers):
         user_emb, item_emb = encoder.split(layers)
-        e_u, e_i = (nn.functional.embedding(n, t) for n, t in ((batch.users, user_emb), (batch.items, item_emb)))
+        e_u, e_i = losses.take(user_emb, batch.users), losses.take(item_emb, batch.items)
         j, e_j = timed(sampler.pick, batch, layers, user_emb, item_emb)
         rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
         return rank + 1e-4 * encoder.l2(batch, j), {}

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hnlm_ref import _core, losses
 from hnlm_ref.artifacts import Csr, load_npy
@@ -160,11 +159,11 @@ class Sampler:
         if self.kind == "mixgcf":
             items = torch.cat(layers, 1)[len(user_emb) :]  # [I, L d]
             pos_layers, candidate_layers = (
-                functional.embedding(numbers, items).unflatten(-1, (len(layers), -1))
+                losses.take(items, numbers).unflatten(-1, (len(layers), -1))
                 for numbers in (batch.items, batch.candidates)
             )
             share = torch.rand(len(layers), device=items.device)
-            e_u = functional.embedding(batch.users, user_emb).detach()
+            e_u = losses.take(user_emb, batch.users).detach()
             place, vectors = mix_hops(e_u, pos_layers, candidate_layers, share)
             return batch.candidates.gather(2, place)[..., 0], vectors  # the item of layer 0 stands for the mixture
         with torch.no_grad():
@@ -174,18 +173,18 @@ class Sampler:
             if pool.shape[2] == 1:
                 items = pool[..., 0]
             else:
-                e_u = functional.embedding(batch.users, user_emb)  # [B, d]
-                scores = torch.einsum("bd,bnmd->bnm", e_u, functional.embedding(pool.clamp(min=0), item_emb))
+                e_u = losses.take(user_emb, batch.users)  # [B, d]
+                scores = torch.einsum("bd,bnmd->bnm", e_u, losses.take(item_emb, pool.clamp(min=0)))
                 scores = scores.masked_fill(pool < 0, -torch.inf)
                 if self.kind == "dns_mn":
                     place = pick_among_top(scores, self.n_top)
                 elif self.kind == "ahns":
-                    pos_scores = (e_u * functional.embedding(batch.items, item_emb)).sum(-1)
+                    pos_scores = (e_u * losses.take(item_emb, batch.items)).sum(-1)
                     place = pick_adaptive(scores, pos_scores, self.ahns_alpha, self.ahns_beta, self.ahns_p)
                 else:
                     place = pick_hardest(scores)
                 items = pool.gather(2, place[..., None])[..., 0]
-        return items, functional.embedding(items, item_emb)
+        return items, losses.take(item_emb, items)
 
     def ramp(self, epoch: int) -> float:
         """Share of the generated negatives' full weight in this epoch: rises linearly to 1 (Choice)."""

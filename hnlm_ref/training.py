@@ -1,6 +1,7 @@
 """The one training loop: stage 02 trains its warm-up with it, stage 04 its recommenders. Letters: `losses.py`."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hnlm_ref import losses, metrics
 from hnlm_ref.artifacts import Csr, atomic, whole
@@ -86,14 +86,15 @@ def fit(
         order = torch.randperm(len(pairs)).to(device)
         # In the order of the pairs, then shuffled like them: a user's rows lie together, which is drawn much faster.
         drawn = torch.from_numpy(draw(users, epoch_seed(seed, epoch))).to(device)
+        columns = order, *(column.index_select(0, order) for column in (all_users, all_items, drawn))
         losses_seen, sums = 0, dict[str, Tensor | float]()
-        for rows in order.split(batch_size):
-            batch = Batch(epoch, rows, all_users[rows], all_items[rows], drawn[rows].long())
+        for rows, who, what, candidates in zip(*(column.split(batch_size) for column in columns), strict=True):
+            batch = Batch(epoch, rows, who, what, candidates.long())
             loss, terms = batch_loss(batch, encoder.layers())
             losses_seen += 1
-            if not torch.isfinite(loss):
+            if not math.isfinite(number := loss.item()):
                 where = f"epoch {epoch}, batch {losses_seen}"
-                raise UserError(f"{where}: the loss is {loss.item()}; lr {lr} may be too large")
+                raise UserError(f"{where}: the loss is {number}; lr {lr} may be too large")
             if done.epoch == 0 and losses_seen == 1 and _leaves(loss) != set(model.parameters()):
                 raise RuntimeError("the loss reaches other tensors than the optimiser")
             optimiser.zero_grad()
@@ -183,7 +184,7 @@ def warm_up(
 
     def batch_loss(batch: Batch, layers: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         user_emb, item_emb = encoder.split(layers)
-        e_u, e_i = functional.embedding(batch.users, user_emb), functional.embedding(batch.items, item_emb)  # [B, d]
+        e_u, e_i = losses.take(user_emb, batch.users), losses.take(item_emb, batch.items)  # [B, d]
         j, e_j = sampler.pick(batch, layers, user_emb, item_emb)  # [B, 1], [B, 1, d]
         rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
         return rank + 1e-4 * encoder.l2(batch, j), {}

@@ -158,8 +158,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
 
     def batch_loss(batch, layers):
         user_emb, item_emb = encoder.split(layers)  # [U, d], [I, d]
-        e_u = functional.embedding(batch.users, user_emb)  # [B, d]
-        e_i = functional.embedding(batch.items, item_emb)  # [B, d]
+        e_u = losses.take(user_emb, batch.users)  # [B, d]
+        e_i = losses.take(item_emb, batch.items)  # [B, d]
         j, e_minus = sampler.pick(batch, layers, user_emb, item_emb)  # [B, n], [B, n, d]
         total, terms = 0.0, {}
 

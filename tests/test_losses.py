@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,27 @@ def test_a_total_of_many_numbers_is_the_same_for_any_number_of_threads():
     assert found[1] == found[2] == found[3]
     assert found[1][0] == pytest.approx(math.fsum(x.tolist()), rel=1e-6)
     assert found[1][1] == pytest.approx(torch.nn.functional.softplus(neg[:, 0] - pos).double().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2048,), (700, 3), (0,)], ids=str)
+def test_rows_are_taken_and_their_gradients_added_up_the_same_for_any_number_of_threads(shape):
+    random, before = np.random.default_rng(0), torch.get_num_threads()
+    rows, weights = random.integers(0, 600, shape), random.normal(size=(*shape, 64)).astype(np.float32)
+    table, found = torch.from_numpy(random.normal(size=(700, 64)).astype(np.float32)).requires_grad_(), []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            table.grad = None
+            taken = losses.take(table, torch.from_numpy(rows))
+            (taken * torch.from_numpy(weights)).sum().backward()
+            found.append(table.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(taken.detach().numpy(), table.detach().numpy()[rows])
+    expected = np.zeros((700, 64))
+    np.add.at(expected, rows, weights)
+    assert table.grad.numpy() == pytest.approx(expected, abs=1e-5)
+    assert found[0] == found[1] == found[2]
 
 
 def test_bpr_is_exact_far_from_zero_and_keeps_its_gradient():  # case E02
@@ -71,6 +93,10 @@ def test_l2_is_half_the_sum_of_squares_over_the_batch_size():  # case E04
     assert 1e-4 * losses.l2_loss(table, user, pos, neg).item() == pytest.approx(0.001)
     several = torch.tensor([[4, 5], [5, 0]])  # squares 4 + 4 and 4 + 5, in place of 4 and 4
     assert losses.l2_loss(table, user, pos, several).item() == pytest.approx(10.0 + 9 / 4)
+    table.requires_grad_()
+    (3 * losses.l2_loss(table, user, pos, several)).backward()  # a row's gradient: how often it is there, times it, / 2
+    times = [2, 1, 1, 1, 1, 2]
+    assert table.grad.tolist() == [[3 * n * x / 2 for x in row] for n, row in zip(times, table.tolist(), strict=True)]
 
 
 def test_the_mixture_is_linear_in_alpha():  # case E06
