@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import shutil
@@ -446,6 +447,38 @@ def test_blocks_cut_inside_a_quoted_field_are_put_together_again(tmp_path, monke
     assert bad.rows == [{"file": "log.csv", "line": 602, "why": "no item"}]
 
 
+ROWS = [
+    "u,i,5,t",
+    "u,i,x,t",
+    '"a\nb",i,4,t',
+    '"p ""q""",i,3,t',
+    "",
+    ",i,5,t",
+    '"r\n,i,5,t',
+    'u"v,i,5,t',
+    "u,i,5,t,z",
+    "u\0,i,5,t",
+]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(ROWS), min_size=1, max_size=60), st.sampled_from(["csv", "json"]))
+def test_wrong_rows_looked_for_in_halves_are_those_of_the_whole_block(tmp_path, monkeypatch, rows, kind):
+    head = ["user,item,rating,text", "u,i,5,t"]
+    if kind == "json":  # the same rows, some of them no JSON
+        told = [f'{{"user": "{r[:2]}", "item": "i", "rating": {r[-3:-2] or 1}, "text": "t"}}' for r in [*head, *rows]]
+        head, rows = told[1:2], told[2:]
+    text = "\n".join([*head, *rows, ""])
+    (tmp_path / f"log.{kind}").write_text(text, encoding="utf-8")
+    layout, found = readers.sniff(tmp_path / f"log.{kind}", kind), []
+    for size in (1 << 20, 1):
+        monkeypatch.setattr(readers, "CLOSELY", size)
+        bad = readers.Bad(skip=True)
+        found.append(([frame.rows() for frame in readers.frames(layout, bad, text=True)], bad.rows))
+    assert list(itertools.chain(*found[0][0])) == list(itertools.chain(*found[1][0]))
+    assert found[0][1] == found[1][1]
+
+
 # ---- broken files -------------------------------------------------------------------------------------------------
 
 ONE = "u1,i1,5,1420070400"
@@ -505,7 +538,7 @@ def test_bad_rows_are_skipped_counted_and_listed_when_asked_for(tmp_path):
     done = prepare(tmp_path, rows(*lines), skip_bad_rows=True)
     assert done.pairs() == {("u1", "i1"), ("u4", "i4")} and done.counts["bad rows skipped"] == 4
     listed = load_jsonl(tmp_path / "skipped.jsonl")
-    assert [(row["file"], row["line"]) for row in listed] == [("log.csv", n) for n in (3, 6, 4, 7)]
+    assert [(row["file"], row["line"]) for row in listed] == [("log.csv", n) for n in (3, 4, 6, 7)]
 
 
 @pytest.mark.parametrize("bad", ["", "u3 i\0 5 1420070400\n"], ids=["as a block", "row by row"])
