@@ -153,8 +153,9 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         scale = generated.mean, generated.deviation  # of h, float32 [d_llm]
         model["adapter"] = recommender.SemanticAdapter(*scale, cfg.dim, cfg.adapter_hidden, cfg.adapter)
     model.to(run.device)
-    if losses.products_vary() and (mixes or cfg.enhancer != "none"):
-        torch.set_num_threads(1)  # dense layers, whose products would depend on the number of threads
+    own_loss = "extra_loss" in vars(type(encoder))
+    if losses.products_vary() and (mixes or own_loss or cfg.enhancer != "none"):
+        torch.set_num_threads(1)  # dense products, which would depend on the number of threads
 
     def batch_loss(batch, layers):
         user_emb, item_emb = encoder.split(layers)  # [U, d], [I, d]

@@ -245,6 +245,30 @@ def test_evaluation_has_the_same_bytes_for_any_number_of_threads(toy_run, tmp_pa
     assert len(prints) == 1
 
 
+@pytest.mark.parametrize(("vary", "seen"), [(True, {1}), (False, {2})])
+def test_an_encoder_with_a_loss_of_its_own_has_one_thread_where_products_depend_on_them(
+    run_dir, monkeypatch, vary, seen
+):
+    import torch
+
+    from hnlm_ref import losses, recommender
+
+    found, before = set(), torch.get_num_threads()
+
+    class Own(recommender.Encoder):
+        def extra_loss(self, batch, layers):
+            found.add(torch.get_num_threads())
+            return losses.info_nce(layers[0], layers[0], 0.2)
+
+    monkeypatch.setitem(recommender.ENCODERS, "mf", Own)
+    monkeypatch.setattr(losses, "products_vary", lambda: vary)
+    try:
+        train(run_dir, "uniform", "--backbone", "mf", "--n-epochs", "1", "--n-threads", "2")
+    finally:
+        torch.set_num_threads(before)
+    assert found == seen
+
+
 def test_a_warm_start_of_another_dimension_is_refused(run_dir):
     with pytest.raises(UserError, match="vectors of 8 numbers, dim is 4"):
         train(run_dir, "uniform", "--warm-start", "--dim", "4")
