@@ -85,8 +85,8 @@ def fit(
         torch.manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(pairs)).to(device)
         # In the order of the pairs, then shuffled like them: a user's rows lie together, which is drawn much faster.
-        drawn = torch.from_numpy(draw(users, epoch_seed(seed, epoch))).to(device)
-        columns = order, *(column.index_select(0, order) for column in (all_users, all_items, drawn))
+        drawn = torch.from_numpy(draw(users, epoch_seed(seed, epoch))).to(device).index_select(0, order)
+        columns = order, all_users.index_select(0, order), all_items.index_select(0, order), drawn
         losses_seen, sums = 0, dict[str, Tensor | float]()
         for rows, who, what, candidates in zip(*(column.split(batch_size) for column in columns), strict=True):
             batch = Batch(epoch, rows, who, what, candidates.long())
