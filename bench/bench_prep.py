@@ -88,7 +88,7 @@ def scale(millions: list[float]) -> None:
 
 
 def ours(user: np.ndarray, item: np.ndarray, k: int) -> int:
-    return len(data.k_core(data.Log(pl.Series(), pl.Series(), user, item), k))
+    return len(data.k_core(data.Log(pl.Series(), pl.Series(), user, item, 0 * user), k))
 
 
 def pandas_loop(user: np.ndarray, item: np.ndarray, k: int) -> int:

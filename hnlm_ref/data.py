@@ -31,6 +31,7 @@ class Log:
 
     users, items  keys in sorted order; a number is a place in them
     user, item    int32 [n]
+    part          int8 [n]: 0 train, 1 valid, 2 test; all 0 before a split
     rating, time  float64 [n], or None where the file has none; `unit` is the time's, see readers.UNITS
     """
 
@@ -38,6 +39,7 @@ class Log:
     items: pl.Series
     user: np.ndarray
     item: np.ndarray
+    part: np.ndarray
     rating: np.ndarray | None = None
     time: np.ndarray | None = None
     unit: str | None = None
@@ -52,7 +54,7 @@ class Log:
 
     def take(self, rows: np.ndarray) -> "Log":
         """The rows of a mask or of an index array; the numbering stays."""
-        arrays = {name: getattr(self, name) for name in ("user", "item", "rating", "time")}
+        arrays = {name: getattr(self, name) for name in ("user", "item", "part", "rating", "time")}
         return replace(self, **{name: array[rows] for name, array in arrays.items() if array is not None})
 
     def sizes(self) -> tuple[int, int, int]:
@@ -60,34 +62,38 @@ class Log:
         return len(np.unique(self.user)), len(np.unique(self.item)), len(self)
 
 
-def read_logs(layouts: list[Layout], bad: Bad) -> list[Log]:
-    """Read files into one Log each, all with the same numbering. Raises UserError when one holds no row."""
+def read_logs(layouts: list[Layout | None], bad: Bad) -> Log:
+    """Read the parts of a log, each from its file, None for a part without one. Raises UserError for an empty file."""
+    units = {TICKS.get(layout.unit, 0): layout.unit for layout in layouts if layout and layout.unit}
+    if len(units) > 1:
+        told = " and ".join(units.values())
+        raise UserError(f"the parts of the split have times in {told}; name --time-unit or drop them: --columns time=")
     pools = {role: pl.Categorical(pl.Categories.random()) for role in ("user", "item")}
-    columns: list[dict[str, pl.Series]] = []
+    blocks: list[pl.DataFrame] = []
+    sizes = []
     for layout in layouts:
-        before = len(bad.rows)
+        n_bad, n_blocks = len(bad.rows), len(blocks)
         # Ids go into a pool of strings block by block: what stays is four bytes a row, however long the ids.
-        blocks = [frame.cast(pools) for frame in frames(layout, bad)]  # type: ignore[arg-type]
-        if not sum(map(len, blocks)):
-            first = "".join(f" that can be read, line {row['line']}: {row['why']}" for row in bad.rows[before:][:1])
+        blocks += [frame.cast(pools) for frame in frames(layout, bad)] if layout else []  # type: ignore[arg-type]
+        sizes.append(sum(map(len, blocks[n_blocks:])))
+        if layout and not sizes[-1]:
+            first = "".join(f" that can be read, line {row['line']}: {row['why']}" for row in bad.rows[n_bad:][:1])
             raise UserError(f"{layout.path} holds no rows{first}; it was read as {layout}")
-        columns.append({name: pl.concat([block[name] for block in blocks]) for name in blocks[0].columns})
-        del blocks
+    columns = {name: pl.concat([block[name] for block in blocks]) for name in blocks[0].columns}
+    del blocks
     keys: dict[str, pl.Series] = {}
+    arrays: dict[str, Any] = {"part": np.repeat(np.arange(len(sizes), dtype=np.int8), sizes)}
     for role in pools:
-        distinct = pl.concat([part[role].unique() for part in columns]).unique()
+        column = columns.pop(role)
+        distinct = column.unique()
         codes, names = distinct.to_physical().to_numpy(), distinct.cast(pl.String)
         order = names.arg_sort().to_numpy()
         rank = np.empty(codes.max() + 1, np.int32)  # code in the pool -> place in sorted order
         rank[codes[order]] = np.arange(len(order))
-        keys[role] = names.gather(order)
-        for part in columns:
-            part[role] = pl.Series(rank[part[role].to_physical().to_numpy()])
-    logs = []
-    for layout, part in zip(layouts, columns, strict=True):
-        arrays = {name: None if part[name].null_count() else part[name].to_numpy() for name in part}
-        logs.append(Log(keys["user"], keys["item"], **arrays, unit=layout.unit))  # type: ignore[arg-type]
-    return logs
+        keys[role], arrays[role] = names.gather(order), rank[column.to_physical().to_numpy()]
+    for name, column in columns.items():  # what the first file lacks is not looked at in the others
+        arrays[name] = None if column[0] is None else column.to_numpy()
+    return Log(keys["user"], keys["item"], **arrays, unit=next(iter(units.values()), None))
 
 
 # ---- cleaning ---------------------------------------------------------------------------------------------------
@@ -124,13 +130,14 @@ def clean(log: Log, min_rating: float | None, date_from: str | None, date_to: st
 
 
 def deduplicate(log: Log, keep: str, counts: dict) -> Log:
-    """Each pair once, its "first" or "last" row in time; the result is sorted by (user, item) (case A11)."""
+    """Each pair once, of its earliest part the "first" or "last" row in time; sorted by (user, item) (case A11)."""
     cells = log.cells
     by = () if log.time is None else (log.time if keep == "first" else -log.time,)
-    order = np.lexsort((*by, cells))
-    kept = log.take(order[np.diff(cells[order], prepend=-1) != 0])
-    counts["repeated pairs"] = len(log) - len(kept)
-    return kept
+    order = np.lexsort((*by, log.part, cells))
+    same_pair, same_part = (np.diff(values[order], prepend=-1) == 0 for values in (cells, log.part))
+    counts["repeated pairs"] = int((same_pair & same_part).sum())
+    counts["held-out pairs also in an earlier part"] = int((same_pair & ~same_part).sum())
+    return log.take(order[~same_pair])
 
 
 def k_core(log: Log, k: int, passes: list[int] | None = None, n_passes: float = float("inf")) -> Log:
@@ -247,42 +254,25 @@ def split(
     return part
 
 
-def unseen(log: Log, part: np.ndarray, drop: bool, counts: dict) -> tuple[Log, np.ndarray]:
+def unseen(log: Log, drop: bool, counts: dict) -> Log:
     """Count the held-out rows whose user or item has no training row, and leave them out if asked (cases A15, G08)."""
-    held = part > 0
+    held = log.part > 0
     new_user = held & ~np.isin(log.user, log.user[~held])
     new_item = held & ~np.isin(log.item, log.item[~held])
     counts["held-out rows of unseen users"] = int(new_user.sum())
     counts["held-out rows of unseen items"] = int(new_item.sum())
-    keep = ~(new_user | new_item) | (not drop)
-    return log.take(keep), part[keep]
+    return log.take(~(new_user | new_item)) if drop else log
 
 
-def ready_split(logs: list[Log | None], counts: dict) -> tuple[Log, np.ndarray]:
-    """Join the files of a ready split. A pair in two parts stays in the earlier one; leaks are counted."""
-    parts = [(n, log) for n, log in enumerate(logs) if log is not None]
-    part = np.concatenate([np.full(len(log), n, np.int8) for n, log in parts])
-    arrays: dict[str, Any] = {}
-    for name in ("user", "item", "time"):
-        columns = [np.full(len(log), np.nan) if (c := getattr(log, name)) is None else c for _, log in parts]
-        arrays[name] = None if getattr(parts[0][1], name) is None else np.concatenate(columns)
-    units = {TICKS.get(log.unit, 0): log.unit for _, log in parts if log.unit}
-    if len(units) > 1:
-        told = " and ".join(units.values())
-        raise UserError(f"the parts of the split have times in {told}; name --time-unit or drop them: --columns time=")
-    log = replace(parts[0][1], rating=None, **arrays)
-    order = np.lexsort((*(() if log.time is None else (log.time,)), part, log.cells))
-    part = part[order]
-    same_pair, same_part = (np.diff(values, prepend=-1) == 0 for values in (log.cells[order], part))
-    counts["repeated pairs"] = int((same_pair & same_part).sum())
-    counts["held-out pairs also in an earlier part"] = int((same_pair & ~same_part).sum())
-    log, part = log.take(order[~same_pair]), part[~same_pair]
+def ready_split(log: Log, counts: dict) -> Log:
+    """Each pair of a ready split once, in its earliest part; leaks are counted."""
+    log = deduplicate(log, "first", counts)
     if log.time is not None and log.unit != "order":
-        newest = np.full(len(log.users), -np.inf)
-        np.maximum.at(newest, log.user[part == 0], log.time[part == 0])
-        older = (part > 0) & (log.time < newest[log.user])
+        newest, train = np.full(len(log.users), -np.inf), log.part == 0
+        np.maximum.at(newest, log.user[train], log.time[train])
+        older = ~train & (log.time < newest[log.user])
         counts["held-out rows older than their user's last training row"] = int(older.sum())
-    return unseen(log, part, True, counts)
+    return unseen(log, True, counts)
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------
@@ -351,10 +341,10 @@ def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad,
     return records
 
 
-def read_users(train: Log, titles: list[str], n_titles: int) -> list[dict]:
-    """A record per user number: key and a template profile from the newest training rows only (case A20)."""
+def read_users(train: Log, order: np.ndarray, titles: list[str], n_titles: int) -> list[dict]:
+    """A record per user number: key and a template profile of its newest training rows only, `order`'s last (A20)."""
     newest: list[list[str]] = [[] for _ in train.users]
-    for row in oldest_first(train)[::-1].tolist():
+    for row in order[::-1].tolist():
         mine, title = newest[train.user[row]], titles[train.item[row]]
         if title and len(mine) < n_titles:
             mine.append(f'"{title}"')
@@ -388,7 +378,7 @@ def describe(path: str, **options: Any) -> str:
     log_path, *others = locate(resolve_path(path))
     bad, counts = Bad(skip=True), {}  # type: Bad, dict[str, Any]
     layout = sniff(log_path, **options)
-    (log,) = read_logs([layout], bad)
+    log = read_logs([layout], bad)
     pairs = deduplicate(log, "first", counts)
     users, items, n = pairs.sizes()
     lines = [

@@ -6,7 +6,7 @@ train|valid|test as CSR, train.order.npy; reviews.jsonl, skipped.jsonl and profi
     python stages/01_prep.py --preset toy     # about 1 s on a CPU
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,17 +77,16 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     for layout in filter(None, layouts):
         say(f"[prep] {layout.path}: {layout}")
     bad = readers.Bad(cfg.skip_bad_rows)
-    read = iter(data.read_logs([layout for layout in layouts if layout], bad))
-    logs = [next(read) if layout else None for layout in layouts]
-    counts = {"format": str(layouts[0]), "rows": sum(map(len, filter(None, logs)))}
+    log = data.read_logs(layouts, bad)
+    counts = {"format": str(layouts[0]), "rows": len(log)}
     counts |= {"bad rows skipped": len(bad.rows), "rows with blanks around an id": bad.n_trimmed}
 
     if layouts[2]:
         say("[prep] a ready split is taken as it is: no filter, no k-core, no other split")
-        log, part = data.ready_split(logs, counts)
+        log = data.ready_split(log, counts)
     else:
         # Filter, keep each pair once, and core to the fixed point.
-        log = data.clean(logs.pop(0), cfg.min_rating, cfg.date_from, cfg.date_to, counts)
+        log = data.clean(log, cfg.min_rating, cfg.date_from, cfg.date_to, counts)
         log = pairs = data.deduplicate(log, cfg.duplicates, counts)
         counts["k-core passes"] = []
         log = data.renumber(data.k_core(log, cfg.k_core, counts["k-core passes"]))
@@ -101,14 +100,14 @@ def main(cfg: PrepConfig, run: Run) -> dict:
             ratios, cuts = (cfg.valid_ratio, cfg.test_ratio), (cfg.valid_from, cfg.test_from)
             return data.split(log, cfg.split, *ratios, np.random.default_rng(run.seed), *cuts)
 
-        part = split(log)
+        log = replace(log, part=split(log))
         if cfg.split.startswith("leave"):
             counts["pairs at the same time as another of their user"] = data.n_ties(log)
         if cfg.published:
             compare(data.published_readings(pairs, cfg.k_core, split), cfg.published)
-        log, part = data.unseen(log, part, cfg.split in ("ratio-global", "time"), counts)
+        log = data.unseen(log, cfg.split in ("ratio-global", "time"), counts)
     log = data.renumber(log)
-    counts |= {name: int((part == number).sum()) for number, name in enumerate(data.PARTS)}
+    counts |= {name: int((log.part == number).sum()) for number, name in enumerate(data.PARTS)}
     if not counts["train"] or (not counts["test"] and (layouts[2] or cfg.split in ("ratio-global", "time"))):
         raise UserError(f"{log_path}: nothing is left to train on or to test; {told(counts)}; choose another split")
 
@@ -117,10 +116,11 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     how = ("auto", None, None, cfg.encoding, cfg.item_columns, "auto", readers.ITEM_ROLES)
     layout = readers.sniff(items_path, *how) if items_path else None
     items = data.read_items(layout, log.items, cfg.text_chars, bad, counts)
-    train = log.take(part == 0)
-    users = data.read_users(train, [item["title"] for item in items], cfg.profile_titles)
-    sets = [Csr.from_pairs(log.user[part == n], log.item[part == n], len(users), len(items)) for n in range(3)]
-    made = Prep(users, items, *sets[:2], data.oldest_first(train))
+    parted = [log.take(log.part == number) for number in range(3)]
+    train, order = parted[0], data.oldest_first(parted[0])
+    users = data.read_users(train, order, [item["title"] for item in items], cfg.profile_titles)
+    sets = [Csr.from_pairs(part.user, part.item, len(users), len(items)) for part in parted]
+    made = Prep(users, items, *sets[:2], order)
     reviews = []
     if cfg.review_chars and "text" in layouts[0].columns:
         reviews = data.read_reviews(layouts[0], train, cfg.review_chars, None if layouts[2] else cfg.min_rating)
@@ -133,7 +133,7 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     save_jsonl(run.out / "items.jsonl", items)
     for name, pairs in zip(data.PARTS, sets, strict=True):
         save_csr(run.out, name, pairs)
-    save_npy(run.out / "train.order.npy", made.order)
+    save_npy(run.out / "train.order.npy", order)
     if reviews:
         save_jsonl(run.out / "reviews.jsonl", reviews)
     if bad.rows:

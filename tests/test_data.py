@@ -288,7 +288,9 @@ def test_later_rows_of_unseen_users_and_items_are_counted_and_an_empty_test_is_r
 def test_a_bound_in_time_that_is_not_given_follows_from_its_ratio():
     """Ten rows at times 1 to 10, a tenth for validation and two for the test unless a time says otherwise."""
     numbers = np.arange(10, dtype=np.int32)
-    log = data.Log(pl.Series(["u"]), pl.Series(list("abcdefghij")), 0 * numbers, numbers, time=numbers + 1.0, unit="s")
+    log = data.Log(
+        pl.Series(["u"]), pl.Series(list("abcdefghij")), 0 * numbers, numbers, 0 * numbers, time=numbers + 1.0, unit="s"
+    )
 
     def parts(valid_from, test_from, valid_ratio=0.1):
         found = data.split(log, "time", valid_ratio, 0.2, np.random.default_rng(0), valid_from, test_from)
@@ -418,7 +420,7 @@ def test_each_reading_of_the_published_sizes_counts_its_own_pairs():
     """C's item 3 has one user, D has one item; without both, C is left with one. Of item 1 all pairs are held out."""
     pairs = [("A", 1), ("A", 2), ("B", 1), ("B", 2), ("C", 3), ("C", 4), ("D", 4)]
     user, item = np.array([ord(u) - ord("A") for u, _ in pairs]), np.array([i - 1 for _, i in pairs])
-    log = data.Log(pl.Series(list("ABCD")), pl.Series(list("1234")), user, item)
+    log = data.Log(pl.Series(list("ABCD")), pl.Series(list("1234")), user, item, 0 * user)
     assert data.published_readings(log, 2, lambda some: (some.item == 0).astype(int)) == {
         "2-core to the fixed point, all pairs": (2, 2, 4),
         "2-core to the fixed point, training pairs": (2, 1, 2),
@@ -580,7 +582,7 @@ def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
 )
 def test_a_split_by_time_with_a_ratio_of_0_leaves_that_part_empty(ratios, parts):
     keys, number = pl.Series(["a", "b", "c", "d", "e"]), np.arange(5, dtype=np.int32)
-    log = data.Log(keys[:1], keys, np.zeros_like(number), number, time=number.astype(float), unit="order")
+    log = data.Log(keys[:1], keys, 0 * number, number, 0 * number, time=number.astype(float), unit="order")
     assert data.split(log, "time", *ratios, np.random.default_rng(0)).tolist() == parts
 
 
