@@ -47,12 +47,9 @@ class _Group(click.Group):
         return [*STAGES, *super().list_commands(ctx)]
 
     def get_command(self, ctx, name):
+        if name not in (known := self.list_commands(ctx)):
+            raise UserError(f"no command {name!r}: {unknown(name, known)}")
         return load_stage(name) if name in STAGES else super().get_command(ctx, name)
-
-    def resolve_command(self, ctx, args):
-        if args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
-            raise UserError(f"no command {args[0]!r}: {unknown(args[0], self.list_commands(ctx))}")
-        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx):
         with system_errors_told():
