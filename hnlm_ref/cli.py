@@ -119,8 +119,13 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
         shown = {f.name for f in command.run_fields}
         words = words | {name: value for name, value in typed_run.items() if name in shown}
         words |= {"seed": stage_run.seed} if command.stage == "train" else {}
+        switches = {f.name for f in dataclasses.fields(command.config) if f.type is bool}
         for name, value in words.items():
-            line += _typed(command, name, value)
+            flag = name.replace("_", "-")
+            if name in switches:
+                line.append(f"--{flag}" if cast(bool, value) else f"--no-{flag}")
+            else:
+                line += [f"--{flag}", str(value)]
         done = is_done(run.dir / folder, key)
         say(("# done: " if done else "$ ") + shlex.join(["python", *line[1:]]))
         if not done and (code := subprocess.run(line).returncode):
@@ -203,15 +208,6 @@ def export(run: Path, what: str, kind: str, method: str | None, out: Path | None
 
     for path in export(run, what, kind, out, method):
         click.echo(path)
-
-
-def _typed(command: StageCommand, name: str, value: Any) -> list[str]:
-    """The command-line words that set one knob."""
-    flag = name.replace("_", "-")
-    kind = {f.name: f.type for f in (*dataclasses.fields(command.config), *command.run_fields)}[name]
-    if kind is bool:
-        return [f"--{flag}" if cast(bool, value) else f"--no-{flag}"]
-    return [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from hnlm_ref.artifacts import STAGES, Run, run_stage, stage_key
+from hnlm_ref.artifacts import STAGES, Run, resolve_path, run_stage, stage_key
 from hnlm_ref.console import QUIET, UserError, system_errors_told
 
 PRESETS = Path(__file__).parent / "presets"
@@ -161,33 +161,19 @@ def method_knobs(tables: dict[str, dict], method: str) -> dict:
 # ---- command lines ----------------------------------------------------------------------------------------------
 
 
-class _Knob(click.ParamType):
-    def __init__(self, field: dataclasses.Field):
-        self.field = field
-        kind = field.type
-        self.name = getattr(kind, "__name__", str(kind).removesuffix(" | None"))
-        self.name = {"tuple": "list", "str": "text"}.get(self.name, self.name)
-
-    def convert(self, value, param, ctx):
-        try:
-            return check(self.field, value)
-        except ValueError as error:
-            self.fail(f"{value!r}: {error}", param, ctx)
-
-    def get_metavar(self, param, ctx):
-        choices = self.field.metadata.get("choices")
-        return "[" + "|".join(choices) + "]" if choices else self.name.upper()
-
-
 def options(fields: Iterable[dataclasses.Field]) -> list[click.Option]:
-    """One click option per field, its default shown and left unset, so that a preset can tell it was not given."""
+    """One click option per field; its value stays as typed, for `resolve` to check, its default unset, for a preset."""
     found = []
     for field in fields:
         flag, switch = field.name.replace("_", "-"), field.type is bool
         names = [f"--{flag}/--no-{flag}" if switch else f"--{flag}", field.name]
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
         help = f"{field.metadata['help']}  [default: {default}]"
-        found.append(click.Option(names, type=None if switch else _Knob(field), default=None, help=help))
+        kind = getattr(field.type, "__name__", str(field.type).removesuffix(" | None"))
+        kind = {"tuple": "list", "str": "text"}.get(kind, kind).upper()
+        choices = field.metadata["choices"]
+        metavar = "[" + "|".join(choices) + "]" if choices else kind
+        found.append(click.Option(names, default=None, help=help, metavar=None if switch else metavar))
     return found
 
 
@@ -210,7 +196,7 @@ def open_run(preset: str | None, quiet: bool, params: dict) -> tuple[dict[str, d
     tables = load_preset(preset)
     shared = resolve(RunConfig, ("preset [run]", tables.get("run", {})), given(RunConfig, params))
     name = Path(preset).stem if preset else "custom"
-    folder = Path(os.path.expanduser(shared.run_dir.replace("{preset}", name)))  # noqa: PTH111  (see resolve_path)
+    folder = resolve_path(shared.run_dir.replace("{preset}", name))
     methods = tuple(dict.fromkeys(shared.methods))
     for method in methods:
         method_knobs(tables, method)  # refuses a name that cannot be a folder
