@@ -131,18 +131,17 @@ def filter_candidates(indptr, indices, users, candidates):
     return out, kept
 
 
-def _rank(scores: np.ndarray, excluded: list[int]) -> list[int]:
-    """Items from best to worst: score descending, then item ascending; -inf and excluded items never."""
-    items = [i for i in range(len(scores)) if i not in excluded and scores[i] > NOTHING]
-    return sorted(items, key=lambda i: (-scores[i], i))
+def _lists(rows, users, indptr, indices, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of every row of scores: score descending, then item ascending, padded with -1 and -inf.
 
-
-def _lists(rows: list[np.ndarray], owned: list[list[int]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of every row of scores, padded with -1 and -inf."""
+    What has -inf, and what the row's user owns, is in no list.
+    """
     items = np.full((len(rows), k), -1, np.int32)
     scores = np.full((len(rows), k), NOTHING, np.float32)
-    for r, row in enumerate(rows):
-        best = _rank(row, owned[r])[:k]
+    for r, (row, user) in enumerate(zip(rows, users, strict=True)):
+        owned = _row(indptr, indices, user)
+        free = [i for i in range(len(row)) if i not in owned and row[i] > NOTHING]
+        best = sorted(free, key=lambda i: (-row[i], i))[:k]
         items[r, : len(best)] = best
         scores[r, : len(best)] = row[best]
     return items, scores
@@ -165,7 +164,7 @@ def match_items(queries, items, users, indptr, indices, k, min_similarity=-1.0, 
     cosines = np.clip(_products(q, v), -1, 1)
     outside = (cosines < np.float32(min_similarity)) | (cosines > np.float32(max_similarity))
     cosines[outside | ~q.any(1)[:, None] | ~v.any(1)[None, :]] = NOTHING
-    return _lists(list(cosines), [_row(indptr, indices, user) for user in users], k)
+    return _lists(cosines, users, indptr, indices, k)
 
 
 def _trigrams(title: str) -> set[str]:
@@ -184,7 +183,7 @@ def match_titles(titles, catalogue, users, indptr, indices, k, min_similarity):
                 dice = np.float32(2 * len(title & other)) / np.float32(len(title) + len(other))
                 row[item] = dice if dice >= np.float32(min_similarity) else NOTHING
         rows.append(row)
-    return _lists(rows, [_row(indptr, indices, user) for user in users], k)
+    return _lists(rows, users, indptr, indices, k)
 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -201,7 +200,7 @@ def topk_scores(scores, indptr, indices, k):
     for user, row in enumerate(scores):
         if n_bad := int(np.isnan(row).sum()):
             raise ValueError(f"scores: user {user} has {n_bad} non-finite score{'s' * (n_bad > 1)}")
-    return _lists(list(scores), [_row(indptr, indices, user) for user in range(len(scores))], k)
+    return _lists(scores, range(len(scores)), indptr, indices, k)
 
 
 def test_ranks(user_emb, item_emb, indptr, indices, test_indptr, test_indices, k):
