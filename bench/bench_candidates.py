@@ -106,39 +106,26 @@ IMPLEMENTATIONS = {
     "floor": ("numpy", written, "1 thread; the numbers written, none drawn"),
 }
 SLOW = {("L", "RecBole"), ("L", "numpy rounds"), ("S", "RecBole"), ("S", "numpy rounds")}  # many seconds a round
-
-
-def no_positives(data):
-    pairs = data.users.astype(np.int64) * data.n_items + data.train[1]
-
-    def check(draws):
-        keys = np.repeat(data.users.astype(np.int64) * data.n_items, draws.shape[1]) + draws.ravel()
-        assert not np.isin(keys, pairs).any()
-
-    return check
+UNIFORM = "uniform negatives, {m} for each training pair"
+POPULARITY = "popularity negatives, exponent {beta}, 1 for each training pair"
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize(
-    ("size", "m", "n_threads"),
-    [(s, m, n) for s, m in (("S", 16), ("M", 1), ("M", 16), ("L", 1), ("L", 16)) for n in (1, 2)],
+    ("job", "size", "m", "beta"),
+    [(UNIFORM, s, m, None) for s, m in (("S", 16), ("M", 1), ("M", 16), ("L", 1), ("L", 16))]
+    + [(POPULARITY, s, 1, beta) for s, beta in (("S", 1.0), ("M", 0.75), ("L", 1.0))],
 )
-def test_uniform(timed, log, size, m, n_threads, name):
+def test_draws(timed, log, job, size, m, beta, n_threads, name):
     module, make, note = IMPLEMENTATIONS[name]
-    if (size, name) in SLOW or (n_threads == 2 and "1 thread" in note):
-        pytest.skip("slow, or timed with 1 thread")
-    check = None if note else lambda draws, size: no_positives(log(size))(draws)
-    draws = f"uniform negatives, {m} for each training pair"
-    timed(draws, size, n_threads, name, module, lambda size: make(log(size), m, n_threads), check, note)
-
-
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    ("size", "beta", "n_threads"), [(s, b, n) for s, b in (("S", 1.0), ("M", 0.75), ("L", 1.0)) for n in (1, 2)]
-)
-def test_popularity(timed, log, size, beta, n_threads, name):
-    module, make, note = IMPLEMENTATIONS[name]
-    if (size, name) in SLOW or (n_threads == 2 and "1 thread" in note) or (name == "LensKit" and beta != 1):
+    if (size, name) in SLOW or (n_threads == 2 and "1 thread" in note) or (name == "LensKit" and beta == 0.75):
         pytest.skip("slow, timed with 1 thread, or another exponent")
-    draws = f"popularity negatives, exponent {beta}, 1 for each training pair"
-    timed(draws, size, n_threads, name, module, lambda size: make(log(size), 1, n_threads, beta), None, note)
+
+    def no_positives(draws, size):
+        data = log(size)
+        first = data.users.astype(np.int64) * data.n_items  # cell of a user's first item
+        assert note or not np.isin((first[:, None] + draws).ravel(), first + data.train[1]).any()
+
+    job = job.format(m=m, beta=beta)
+    timed(job, size, n_threads, name, module, lambda s: make(log(s), m, n_threads, beta), no_positives, note)
