@@ -33,7 +33,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def progress(iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it") -> Any:
+def progress(iterable: Iterable | None = None, **bar: Any) -> Any:
     """tqdm with rate and time left on stderr; nothing when stderr is no terminal or under --quiet (case G06)."""
     quiet = True if os.environ.get(QUIET) else None  # None: tqdm asks whether stderr is a terminal
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=quiet, leave=False, dynamic_ncols=True)
+    return tqdm(iterable, **bar, disable=quiet, leave=False, dynamic_ncols=True)

@@ -47,11 +47,6 @@ class Log:
     def __len__(self) -> int:
         return len(self.user)
 
-    @property
-    def cells(self) -> np.ndarray:
-        """One int64 for each row's (user, item)."""
-        return self.user.astype(np.int64) * len(self.items) + self.item
-
     def take(self, rows: np.ndarray) -> "Log":
         """The rows of a mask or of an index array; the numbering stays."""
         arrays = {name: getattr(self, name) for name in ("user", "item", "part", "rating", "time")}
@@ -131,7 +126,7 @@ def clean(log: Log, min_rating: float | None, date_from: str | None, date_to: st
 
 def deduplicate(log: Log, keep: str, counts: dict) -> Log:
     """Each pair once, of its earliest part the "first" or "last" row in time; sorted by (user, item) (case A11)."""
-    cells = log.cells
+    cells = log.user.astype(np.int64) * len(log.items) + log.item  # one number for each row's pair
     by = () if log.time is None else (log.time if keep == "first" else -log.time,)
     order = np.lexsort((*by, log.part, cells))
     same_pair, same_part = (np.diff(values[order], prepend=-1) == 0 for values in (cells, log.part))
@@ -399,13 +394,13 @@ def describe(path: str, **options: Any) -> str:
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a file name may be no UTF-8
 
 
-def histogram(name: str, values: np.ndarray, width: int = 40) -> list[str]:
+def histogram(name: str, values: np.ndarray) -> list[str]:
     """Bars of the distinct values, or of ten ranges if there are more than 30."""
     found, counts = np.unique(values, return_counts=True)
     if len(found) > 30:
         counts, edges = np.histogram(values, 10)
         found = edges[:-1]
-    bars = ["#" * max(1, round(width * c / counts.max())) if c else "" for c in counts]
+    bars = ["#" * max(1, round(40 * c / counts.max())) if c else "" for c in counts]
     return [f"{name:>8}"] + [f"{v:>8g} {c:>12,} {bar}" for v, c, bar in zip(found, counts, bars, strict=True)]
 
 
@@ -415,12 +410,12 @@ TOY_GENRES = ("Cooking", "Astronomy", "Gardening", "Chess", "Sailing", "Jazz", "
 TOY_NOUNS = ("Handbook", "Starter Kit", "Poster", "Calendar", "Board Game", "Mug", "Notebook", "Puzzle", "Lamp", "Map")
 
 
-def make_toy_log(folder: Path, seed: int, n_users: int = 60) -> Path:
-    """Write a made-up log and its items as CSV: 80 items of 8 subjects; each user likes two and strays now and then."""
+def make_toy_log(folder: Path, seed: int) -> Path:
+    """Write a made-up log and its items as CSV: 60 users, 80 items of 8 subjects; a user likes two."""
     rng = random.Random(seed)
     items = [f"{genre} {noun}" for genre in TOY_GENRES for noun in TOY_NOUNS]
     lines = ["user_id,item_id,rating,timestamp"]
-    for u in range(n_users):
+    for u in range(60):
         liked = rng.sample(range(len(TOY_GENRES)), 2)
         own = [10 * g + n for g in liked for n in range(10)]
         taken = rng.sample(own, rng.randint(10, 16)) + rng.sample(range(len(items)), 4)

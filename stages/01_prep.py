@@ -113,8 +113,8 @@ def main(cfg: PrepConfig, run: Run) -> dict:
 
     # Texts and profiles; a user's profile sees training rows only (case A20).
     items_path = resolve_path(cfg.items) if cfg.items else log_path if cfg.item_columns else items_path
-    how = ("auto", None, None, cfg.encoding, cfg.item_columns, "auto", readers.ITEM_ROLES)
-    layout = readers.sniff(items_path, *how) if items_path else None
+    texts = {"encoding": cfg.encoding, "columns": cfg.item_columns, "roles": readers.ITEM_ROLES}
+    layout = readers.sniff(items_path, **texts) if items_path else None
     items = data.read_items(layout, log.items, cfg.text_chars, bad, counts)
     parted = [log.take(log.part == number) for number in range(3)]
     train, order = parted[0], data.oldest_first(parted[0])
