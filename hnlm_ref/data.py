@@ -224,7 +224,8 @@ def split(
             """The time given, or that of the first of n * ratio rows that end before row `end`; none: infinity."""
             if text:
                 return moment(text, log.unit)
-            return ordered[min(n - 1, max(0, int(end - n * ratio + 0.5)))] if ratio else np.inf
+            first = int(round(end - n * ratio, 6) + 0.5)  # 5.6 - 2.1 is not quite 3.5
+            return ordered[min(n - 1, max(0, first))] if ratio else np.inf
 
         test = cut(test_from, test_ratio, n)
         valid = cut(valid_from, valid_ratio, float(np.searchsorted(ordered, test)) if test_from else n - n * test_ratio)

@@ -88,7 +88,7 @@ def slow_prep(log, seed, min_rating, duplicates, k, how, valid_ratio, test_ratio
         moments = sorted(best.values())
         cuts = (
             [
-                moments[min(len(pairs) - 1, int(len(pairs) * (1 - r) + 0.5))] if r else float("inf")
+                moments[min(len(pairs) - 1, int(round(len(pairs) * (1 - r), 6) + 0.5))] if r else float("inf")
                 for r in (test_ratio, valid_ratio + test_ratio)
             ]
             if pairs
@@ -578,10 +578,16 @@ def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ratios", "parts"), [((0, 0), [0] * 5), ((0.4, 0), [0, 0, 0, 1, 1]), ((0, 0.4), [0, 0, 0, 2, 2])]
+    ("ratios", "parts"),
+    [
+        ((0, 0), [0] * 5),
+        ((0.4, 0), [0, 0, 0, 1, 1]),
+        ((0, 0.4), [0, 0, 0, 2, 2]),
+        ((0.3, 0.2), [0, 0, 0, 0, 1, 1, 2]),  # 7 - 1.4 - 2.1 is 3.5, a little less in floating point
+    ],
 )
-def test_a_split_by_time_with_a_ratio_of_0_leaves_that_part_empty(ratios, parts):
-    keys, number = pl.Series(["a", "b", "c", "d", "e"]), np.arange(5, dtype=np.int32)
+def test_a_split_by_time_halves_rounded_up_and_a_ratio_of_0_leaves_its_part_empty(ratios, parts):
+    keys, number = pl.Series(list("abcdefg")), np.arange(len(parts), dtype=np.int32)
     log = data.Log(keys[:1], keys, 0 * number, number, 0 * number, time=number.astype(float), unit="order")
     assert data.split(log, "time", *ratios, np.random.default_rng(0)).tolist() == parts
 
