@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, atomic, load_json, load_npy, save_json
+from hnlm_ref.artifacts import Run, atomic, save_json
 from hnlm_ref.console import UserError, say
 from hnlm_ref.knobs import StageCommand, unknown
 
@@ -102,11 +102,8 @@ def compare(
         run.folder(stage)
     run.check_test()
     run_stages((train(variant, run.seed) for variant in every), n_jobs)
-
-    def manifest(variant: str, seed: int) -> dict:
-        return run.manifest(f"train/{variant}/seed{seed}")
-
-    scores = {m: {v: manifest(v, run.seed)["counts"]["valid ndcg@20"] for v in vs} for m, vs in tried.items()}
+    manifests = {v: run.manifest(f"train/{v}/seed{run.seed}") for v in every}
+    scores = {m: {v: manifests[v]["counts"]["valid ndcg@20"] for v in vs} for m, vs in tried.items()}
     chosen = {method: max(found, key=lambda v: found[v]) for method, found in scores.items()}
 
     # Train the chosen with all seeds, and evaluate.
@@ -117,26 +114,22 @@ def compare(
 
     # One row per method: means over users, then over seeds; the test pairs users, each the mean of its seeds.
     from hnlm_ref import metrics
+    from hnlm_ref.view import View
 
-    told = load_json(run.folder("eval") / "metrics.json")
-    column = f"ndcg@{max(told['k'])}"
-    place = told["columns"].index(column)
-
-    def per_user(variant: str, seed: int) -> np.ndarray:
-        return load_npy(run.folder("eval") / "per_user" / f"{variant}-seed{seed}.npy")[place]
-
-    means = {method: np.mean([per_user(v, seed) for seed in seeds], axis=0) for method, v in chosen.items()}
+    view = View(run.dir)
+    column = f"ndcg@{view.k}"
+    means = {method: np.array(list(view.per_user(v, column).values())) for method, v in chosen.items()}
     rows: list[dict[str, Any]] = []
     for method, variant in chosen.items():
-        manifests = [manifest(variant, seed) for seed in seeds]
+        trainings = view.training(variant)
         row: dict[str, Any] = {"method": method, "chosen": variant, "settings tried": len(tried[method])}
-        for name in (f"recall@{max(told['k'])}", column):
-            values = [told["methods"][variant][f"seed{seed}"][name] for seed in seeds]
+        for name in (f"recall@{view.k}", column):
+            values = view.values(variant, name)
             row[name] = statistics.fmean(values)
             row[f"{name} spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        row["seconds per epoch"] = statistics.fmean(m["timing"]["seconds_per_epoch"] for m in manifests)
-        row["epochs to best"] = statistics.fmean(m["counts"]["best epoch"] for m in manifests)
-        row["knobs"] = {knob: manifests[0]["knobs"][knob] for knob in SHARED}
+        row["seconds per epoch"] = statistics.fmean(t["timing"]["seconds_per_epoch"] for t in trainings)
+        row["epochs to best"] = statistics.fmean(t["counts"]["best epoch"] for t in trainings)
+        row["knobs"] = {knob: trainings[0]["knobs"][knob] for knob in SHARED}
         rows.append(row)
     for row in rows:
         others = [other for other in rows if other is not row]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hnlm_ref.artifacts import Run, load_json, load_npy, save_json, save_npy
 from hnlm_ref.cli import load_stage
 from hnlm_ref.compare import SHARED, run_stages, settings
 from hnlm_ref.console import UserError
+from hnlm_ref.view import View
 
 
 def test_a_text_where_a_grid_wants_a_list_is_refused():  # case B16: never its single characters
@@ -56,6 +58,7 @@ def finished(tmp_path, monkeypatch):
     """A run of which everything is there, and the commands that compare asks for, in batches."""
     monkeypatch.setattr(compare, "run_stages", lambda commands, n_jobs: batches.append((list(commands), n_jobs)))
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(View, "prep", SimpleNamespace(users=[{"key": str(n)} for n in range(40)]))
     batches: list = []
     run = Run(tmp_path, seed=5, n_seeds=2, methods=("uniform", "dns", "hnlm"), n_threads=5)
     stages = {"prep": {"valid": 9, "test": 9}, "generate": {}, "eval": {}}
@@ -70,6 +73,8 @@ def finished(tmp_path, monkeypatch):
         manifest = {
             "counts": counts,
             "timing": timing,
+            "inputs": {},
+            "fingerprint": "",
             "knobs": {name: "hnlm" in stage or stage[-5:] for name in SHARED},
         }
         save_json(tmp_path / stage / "manifest.json", manifest)
