@@ -5,8 +5,8 @@ command first, so what a reader sees is what a reader can type.
 """
 
 import dataclasses
-import importlib.util
 import io
+import runpy
 import shlex
 import signal
 import subprocess
@@ -31,13 +31,8 @@ def stage_file(stage: str) -> Path:
 
 
 def load_stage(stage: str) -> StageCommand:
-    """Import a stage file by its path (its name begins with a digit) and give its command."""
-    spec = importlib.util.spec_from_file_location(f"hnlm_stage_{stage}", stage_file(stage))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module.command
+    """The command of a stage, from its file, which no import can name: it begins with a digit."""
+    return runpy.run_path(str(stage_file(stage).resolve()))["command"]
 
 
 class _Group(click.Group):
@@ -155,7 +150,7 @@ def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **
         made = {name: tuple(v) if isinstance(v, list) else v for name, v in run.manifest(stage)["knobs"].items()}
         if others := [name for name in wanted if made.get(name) != wanted[name]]:
             say(f"[{stage}] {run.dir / stage} was made with other knobs ({', '.join(others)}) and is taken as it is")
-    click.echo(compare(run, tables, stages, tuple(filter(None, backbones.split(","))), n_jobs))
+    click.echo(compare(run, tables, stages, cast(tuple[str, ...], backbones), n_jobs))
 
 
 @main.command("data")

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from collections import Counter
 
 import numpy as np
@@ -312,8 +311,7 @@ def test_a_user_of_two_rows_keeps_one_to_train_on_and_a_seed_says_which(tmp_path
 
 
 def test_the_nearest_reading_of_published_sizes_may_be_larger_or_smaller(capsys):
-    load_stage("prep")
-    compare = sys.modules["hnlm_stage_prep"].compare
+    compare = load_stage("prep").main_function.__globals__["compare"]
     compare({"half": (5, 5, 5), "more": (11, 11, 11), "far more": (30, 30, 30)}, (10, 10, 10))
     assert "nearest: more" in capsys.readouterr().err
 

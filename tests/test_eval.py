@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -186,9 +185,8 @@ def test_the_test_part_is_opened_once_and_only_after_training(toy_run, tmp_path,
     opened = []
     monkeypatch.setattr(Run, "test", lambda self: opened.append(1) or load_csr(self.dir / "prep", "test", 80))
     (tmp_path / "out").mkdir()
-    load_stage("eval")
-    stage = sys.modules["hnlm_stage_eval"]
-    stage.main(stage.EvalConfig(), Run(run, methods=("uniform", "dns"), out=tmp_path / "out"))
+    command = load_stage("eval")
+    command.main_function(command.config(), Run(run, methods=("uniform", "dns"), out=tmp_path / "out"))
     assert len(opened) == 1
     log = load_jsonl(run / "train" / "dns" / "seed0" / "log.jsonl")
     best = load_json(run / "train" / "dns" / "seed0" / "manifest.json")["counts"]["best epoch"]
