@@ -392,7 +392,7 @@ def describe(path: str, **options: Any) -> str:
     for k in (2, 5, 10, 20):
         if len(core := k_core(pairs, k)):
             lines.append("  {}-core: {:,} users x {:,} items, {:,} pairs".format(k, *core.sizes()))
-    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a file name may be no UTF-8
+    return "\n".join(lines)
 
 
 def histogram(name: str, values: np.ndarray) -> list[str]:
