@@ -135,22 +135,21 @@ def deduplicate(log: Log, keep: str, counts: dict) -> Log:
     return log.take(order[~same_pair])
 
 
-def k_core(log: Log, k: int, passes: list[int] | None = None, n_passes: float = float("inf")) -> Log:
+def one_pass(log: Log, k: int) -> Log:
+    """The rows whose user and item have k rows or more."""
+    return log.take((np.bincount(log.user) >= k)[log.user] & (np.bincount(log.item) >= k)[log.item])
+
+
+def k_core(log: Log, k: int, passes: list[int] | None = None) -> Log:
     """Drop users and items with fewer than k rows, again and again until none is left to drop (case A09).
 
-    passes    receives the number of rows left after every pass that dropped something
-    n_passes  stop after so many passes
+    passes  receives the number of rows left after every pass that dropped something
     """
-    rows, done = np.arange(len(log)), 0
-    while len(rows) and done < n_passes:
-        user, item = log.user[rows], log.item[rows]
-        keep = (np.bincount(user) >= k)[user] & (np.bincount(item) >= k)[item]
-        if keep.all():
-            break
-        rows, done = rows[keep], done + 1
+    while len(left := one_pass(log, k)) < len(log):
+        log = left
         if passes is not None:
-            passes.append(len(rows))
-    return log.take(rows)
+            passes.append(len(log))
+    return log
 
 
 def largest_k(log: Log) -> int:
@@ -172,7 +171,7 @@ def published_readings(pairs: Log, k: int, split_of: Callable[[Log], np.ndarray]
     users = np.bincount(pairs.user)
     cores = {
         f"{k}-core to the fixed point": k_core(pairs, k),
-        f"one pass of the {k}-core": k_core(pairs, k, n_passes=1),
+        f"one pass of the {k}-core": one_pass(pairs, k),
         f"users with {k} or more, items as they are": pairs.take(users[pairs.user] >= k),
     }
     counted = {}
