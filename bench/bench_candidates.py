@@ -48,8 +48,7 @@ def numpy_rounds(data, m, n_threads, beta=None):
     """Draw all, redraw those found among the sorted pairs, until none is left."""
     rng = np.random.default_rng(1)
     pairs = data.users.astype(np.int64) * data.n_items + data.train[1]
-    share = None if beta is None else data.degrees.astype(float) ** beta / (data.degrees.astype(float) ** beta).sum()
-    sums = None if share is None else np.cumsum(share)
+    sums = None if beta is None else np.cumsum(data.degrees.astype(float) ** beta)
 
     def items(n):
         if sums is None:

@@ -7,6 +7,7 @@ Timed runs print one table per job and put them into RESULTS.md. With --benchmar
 tiny log, which only checks that all implementations agree. Peers that are not installed are shown as missing.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from hnlm_ref import _core
+from hnlm_ref.artifacts import Csr
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 SIZES = {  # users, items, training pairs, held-out pairs
@@ -41,10 +43,8 @@ def make_log(size: str, d: int = 64) -> SimpleNamespace:
     keys = rng.choice(keys, min(len(keys), n_train + n_test), replace=False)
 
     def csr(part):
-        part = np.sort(part)
-        indptr = np.zeros(n_users + 1, np.int64)
-        np.cumsum(np.bincount(part // n_items, minlength=n_users), out=indptr[1:])
-        return indptr, (part % n_items).astype(np.int32)
+        made = Csr.from_pairs(part // n_items, part % n_items, n_users, n_items)
+        return made.indptr, made.indices
 
     train, test = csr(keys[n_test:]), csr(keys[:n_test])
     user_emb, item_emb = (rng.normal(0, 0.1, (n, d)).astype(np.float32) for n in (n_users, n_items))
@@ -59,15 +59,7 @@ def make_log(size: str, d: int = 64) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def log():
-    cache = {}
-
-    def get(size, d=64):
-        if (size, d) not in cache:
-            cache.clear()
-            cache[size, d] = make_log(size, d)
-        return cache[size, d]
-
-    return get
+    return functools.lru_cache(maxsize=1)(make_log)
 
 
 @pytest.fixture
@@ -125,12 +117,8 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     model = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "unknown")
-    found = []
-    for peer in PEERS:
-        try:
-            found.append(f"{peer} {importlib.metadata.version(peer)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{peer} missing")
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    found = [f"{peer} {installed.get(peer, 'missing')}" for peer in PEERS]
     kernels = ", ".join(_core.kernels())
     return (
         f"{model}, {os.cpu_count()} cores; kernels {kernels}; Python {platform.python_version()}; {'; '.join(found)}."
