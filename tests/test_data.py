@@ -360,6 +360,12 @@ def test_users_with_1_2_and_10_rows_under_8_1_1(tmp_path):
     assert dict(zip(done.user_keys, sizes, strict=True)) == {"u1": [1, 0, 0], "u2": [2, 0, 0], "u10": [8, 1, 1]}
 
 
+def test_a_share_that_ends_in_a_half_is_rounded_up(tmp_path):
+    """Of 50 rows 0.29 are 14.5, a little less in floating point."""
+    done = prepare(tmp_path, rows(*(f"u,i{i},5,1500000000" for i in range(50))), test_ratio=0.29, valid_ratio=0.01)
+    assert [done.counts[part] for part in data.PARTS] == [34, 1, 15]
+
+
 # ---- the rest -------------------------------------------------------------------------------------------------------
 
 
