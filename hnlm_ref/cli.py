@@ -5,7 +5,6 @@ command first, so what a reader sees is what a reader can type.
 """
 
 import dataclasses
-import io
 import runpy
 import shlex
 import signal
@@ -61,7 +60,7 @@ def main() -> None:
 
     prep -> sft -> generate -> train -> eval; `all` runs them in order.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a title may hold what the terminal cannot show
 
 
