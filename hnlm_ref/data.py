@@ -54,7 +54,8 @@ class Log:
 
     def sizes(self) -> tuple[int, int, int]:
         """Users, items and rows."""
-        return len(np.unique(self.user)), len(np.unique(self.item)), len(self)
+        users, items = (int(np.count_nonzero(np.bincount(numbers))) for numbers in (self.user, self.item))
+        return users, items, len(self)
 
 
 def read_logs(layouts: list[Layout | None], bad: Bad) -> Log:
@@ -160,10 +161,13 @@ def largest_k(log: Log) -> int:
 
 def renumber(log: Log) -> Log:
     """Close the gaps in the numbering; the keys stay in sorted order (case A07)."""
-    users, user = np.unique(log.user, return_inverse=True)
-    items, item = np.unique(log.item, return_inverse=True)
-    numbers: dict[str, Any] = {"user": user.astype(np.int32), "item": item.astype(np.int32)}
-    return replace(log, users=log.users.gather(users), items=log.items.gather(items), **numbers)
+
+    def close(keys: pl.Series, numbers: np.ndarray) -> tuple[pl.Series, np.ndarray]:
+        there = np.bincount(numbers, minlength=len(keys)) > 0
+        return keys.filter(there), (np.cumsum(there, dtype=np.int32) - 1)[numbers]
+
+    (users, user), (items, item) = close(log.users, log.user), close(log.items, log.item)
+    return replace(log, users=users, items=items, user=user, item=item)
 
 
 def published_readings(pairs: Log, k: int, split_of: Callable[[Log], np.ndarray]) -> dict[str, tuple[int, int, int]]:
