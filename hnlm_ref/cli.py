@@ -7,8 +7,6 @@ command first, so what a reader sees is what a reader can type.
 import dataclasses
 import runpy
 import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,7 +104,8 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     if preset is None and "run_dir" not in typed_run:
         say(f"no --preset: every knob has its default, the run lies in {run.dir}")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `subprocess.run` ends the stage at work, too
+    from hnlm_ref.compare import run_stages
+
     for command, cfg, stage_run, words in steps:
         folder, _, _, key = command.plan(cfg, stage_run)
         line = [sys.executable, str(stage_file(command.stage)), *(["--preset", preset] if preset else [])]
@@ -122,8 +121,8 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
                 line += [f"--{flag}", str(value)]
         done = is_done(run.dir / folder, key)
         say(("# done: " if done else "$ ") + shlex.join(["python", *line[1:]]))
-        if not done and (code := subprocess.run(line).returncode):
-            raise SystemExit(code)
+        if not done:
+            run_stages([line], 1)
         if command.stage == "prep":
             run.check_test()
     from hnlm_ref.report import table
