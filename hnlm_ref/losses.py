@@ -84,9 +84,12 @@ def hinge_loss(pos_scores: Tensor, neg_scores: Tensor, margin: float) -> Tensor:
     return total(functional.relu(margin - pos_scores[:, None].expand_as(neg_scores) + neg_scores)) / neg_scores.numel()
 
 
-def contrast_loss(user_emb: Tensor, pos_emb: Tensor, hard_emb: Tensor, temperature: float) -> Tensor:
-    """L_cl = softplus((cos(e_u, e_hard) - cos(e_u, e_i)) / tau), mean over rows; all [P, d], no row gives 0 (E03)."""
-    gap = functional.cosine_similarity(user_emb, hard_emb) - functional.cosine_similarity(user_emb, pos_emb)
+def contrast_loss(anchor: Tensor, positive: Tensor, negative: Tensor, temperature: float) -> Tensor:
+    """softplus((cos(a, n) - cos(a, p)) / tau), mean over rows; all [P, d], no row gives 0 (E03).
+
+    L_cl with e_u, e_i and e_hard; in tuning, with h, a triplet's positive and its own negative.
+    """
+    gap = functional.cosine_similarity(anchor, negative) - functional.cosine_similarity(anchor, positive)
     return total(functional.softplus(gap / temperature)) / max(len(gap), 1)
 
 
@@ -118,10 +121,13 @@ class _CountedSquares(torch.autograd.Function):
         return (2 * grads[0] * counts)[:, None] * table, None
 
 
-def info_nce(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    """-log softmax of cos(a_r, b_r) / tau among all cos(a_r, b_r'), mean over rows; [B, d] (XSimGCL, RLMRec)."""
+def info_nce(a: Tensor, b: Tensor, temperature: float, own: Tensor | None = None) -> Tensor:
+    """-log softmax of cos(a_r, b_own) / tau among all cos(a_r, b_r'), mean over rows; [B, d] (XSimGCL, RLMRec).
+
+    own  int64 [B], the row of b that belongs to each of a; not given: the r-th
+    """
     logits = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature  # [B, B]
-    return functional.cross_entropy(logits, torch.arange(len(a), device=a.device))
+    return functional.cross_entropy(logits, torch.arange(len(a), device=a.device) if own is None else own)
 
 
 # ---- tuning of the language model -------------------------------------------------------------------------------
@@ -141,22 +147,3 @@ def sft_loss(
     masked = (users[:, None] == users) | (items[:, None] == items)
     masked.fill_diagonal_(False)
     return functional.softplus(gap[~masked]).mean()
-
-
-def triplet_loss(out: Tensor, positive: Tensor, negative: Tensor, temperature: float) -> Tensor:
-    """softplus((cos(h_b, n_b) - cos(h_b, p_b)) / tau), mean over rows: a row against its own negative alone; [B, d].
-
-    Choice, not in the paper: among B columns of `sft_loss` the own one hardly counts, and cos(h, p) stays below
-    cos(h, n) for almost half of the held-out triplets.
-    """
-    gap = functional.cosine_similarity(out, negative) - functional.cosine_similarity(out, positive)
-    return functional.softplus(gap / temperature).mean()
-
-
-def catalogue_loss(out: Tensor, targets: Tensor, positives: Tensor, temperature: float) -> Tensor:
-    """-log softmax of cos(h_b, target_j) / tau at the mined item, over the whole catalogue; mean over rows.
-
-    out [B, d], targets [I, d], positives int64 [B]. Choice, not in the paper: it costs no further LLM call.
-    """
-    logits = functional.normalize(out, dim=1) @ functional.normalize(targets, dim=1).T / temperature  # [B, I]
-    return functional.cross_entropy(logits, positives)

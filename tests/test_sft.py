@@ -45,7 +45,7 @@ def test_the_sft_loss_is_the_mean_over_allowed_columns():
     loss = losses.sft_loss(*lengths.values(), torch.tensor(users), torch.tensor(items), 0.5)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     own = [softplus(gap / 0.5) for (b, c), gap in zip(allowed, gaps, strict=True) if b == c]
-    assert losses.triplet_loss(*vectors.values(), 0.5).item() == pytest.approx(sum(own) / 4, abs=1e-6)
+    assert losses.contrast_loss(*vectors.values(), 0.5).item() == pytest.approx(sum(own) / 4, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -54,14 +54,14 @@ def test_opposite_cosines_give_forty_and_stay_finite(dtype):
     one = torch.tensor([0])
     loss = losses.sft_loss(h, -h, h, one, one, 0.05)  # case D13
     assert loss.item() == pytest.approx(40.0, rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
-    assert losses.triplet_loss(h, -h, h, 0.05).isfinite()
+    assert losses.contrast_loss(h, -h, h, 0.05).isfinite()
 
 
 def test_the_catalogue_loss_is_the_softmax_over_all_items():
     out, targets = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
     total = math.exp(1 / 0.5) + math.exp(0) + math.exp(-1 / 0.5)
     expected = -math.log(math.exp(0) / total)
-    assert losses.catalogue_loss(out, targets, torch.tensor([1]), 0.5).item() == pytest.approx(expected, abs=1e-6)
+    assert losses.info_nce(out, targets, 0.5, torch.tensor([1])).item() == pytest.approx(expected, abs=1e-6)
 
 
 def prep_of(train: Csr, valid: Csr | None = None) -> Prep:
@@ -264,7 +264,7 @@ def test_tuning_ends_after_looks_without_a_better_one_and_keeps_the_best(toy_run
     script, n_batches, weights, plain = [9, 5, 6, 4, 6, 7, 0, 0], 3, [], torch.optim.AdamW.step
     looked: list[int] = []
 
-    def catalogue_loss(out, *_):
+    def of_catalogue(out, *_):
         if out.requires_grad:
             return out.sum()
         looked.append(script[len(looked) // n_batches])
@@ -274,7 +274,7 @@ def test_tuning_ends_after_looks_without_a_better_one_and_keeps_the_best(toy_run
         plain(optimiser)
         weights.append([p.detach().clone() for p in optimiser.param_groups[0]["params"]])
 
-    monkeypatch.setattr(losses, "catalogue_loss", catalogue_loss)
+    monkeypatch.setattr(losses, "info_nce", of_catalogue)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     run = with_prep(toy_run, tmp_path)
     run_stage("sft", run, "--eval-every", 1, "--patience", 2)
