@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from hnlm_ref.artifacts import load_json, load_npy, resolve_path, save_json, whole
 from hnlm_ref.console import UserError, progress, say
@@ -410,17 +412,14 @@ def n_tokens(row: Row) -> int:
 
 def pack(rows: Sequence[Row], device: str = "cpu") -> Batch:
     """Lay out (prefix, continuations) rows; pairs are numbered row by row, in the order of the continuations."""
-    longest = max(map(n_tokens, rows))
-    ids, branch, position = (np.full((len(rows), longest), fill, np.int64) for fill in (0, -1, 0))
-    for r, (prefix, parts) in enumerate(rows):
-        pieces = [prefix, *parts]
-        sizes = [len(piece) for piece in pieces]
-        n = sum(sizes)
-        ids[r, :n] = np.concatenate([np.asarray(piece, np.int64) for piece in pieces])
-        branch[r, :n] = np.repeat(np.arange(len(pieces)), sizes)
-        starts = [0] + [sizes[0]] * len(parts)
-        position[r, :n] = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
-    return Batch(*(torch.from_numpy(a).to(device) for a in (ids, branch, position)))
+    columns = []
+    for prefix, parts in rows:
+        tokens = [*prefix, *chain(*parts)]
+        piece = [0] * len(prefix) + [k for k, part in enumerate(parts, 1) for _ in part]
+        place = [*range(len(prefix)), *(len(prefix) + n for part in parts for n in range(len(part)))]
+        columns.append(torch.from_numpy(np.array([tokens, piece, place]).T))  # [L, 3]
+    ids, branch, position = pad_sequence(columns, batch_first=True, padding_value=-1).to(device).unbind(2)  # [R, L]
+    return Batch(ids.masked_fill(branch < 0, 0), branch, position.clamp(min=0))
 
 
 # ---- from token ids to vectors ----------------------------------------------------------------------------------
