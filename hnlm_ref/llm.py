@@ -106,7 +106,8 @@ def tiny_model(family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
     tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     config = transformers.AutoConfig.for_model(
         family, vocab_size=len(alphabet), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
         num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=1,
@@ -594,12 +595,10 @@ def text_vectors(llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int
 @torch.inference_mode()
 def generate_texts(llm: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
     """Greedy continuation of each prompt; padded on the left, masked by length, not by the pad token's id (D05)."""
-    device, longest = llm.get_input_embeddings().weight.device, max(map(len, prompts))
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    said = llm.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, do_sample=False)
-    return tokenizer.batch_decode(said[:, longest:], skip_special_tokens=True)
+    how = {"padding_side": "left", "return_attention_mask": True, "return_tensors": "pt"}
+    asked = tokenizer.pad({"input_ids": prompts}, **how).to(llm.device)
+    said = llm.generate(**asked, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, do_sample=False)
+    return tokenizer.batch_decode(said[:, asked.input_ids.shape[1] :], skip_special_tokens=True)
 
 
 @one_thread()

@@ -445,7 +445,7 @@ def test_answers_are_greedy_whatever_the_model_s_own_settings_say(tmp_path):
     for settings_ in ({}, {"num_beams": 3, "no_repeat_ngram_size": 1, "repetition_penalty": 9.0, "do_sample": True}):
         model.generation_config = transformers.GenerationConfig(eos_token_id=1, **settings_)
         model.save_pretrained(tmp_path)
-        base, _ = llm.load_llm(str(tmp_path), "cpu")
+        base, tokenizer = llm.load_llm(str(tmp_path), "cpu")
         found.append(llm.generate_texts(base, tokenizer, [[5, 6, 7]], 12))
     assert found[0] == found[1] and len(found[0][0]) > 3
 
@@ -608,6 +608,7 @@ def test_a_loaded_adapter_is_added_to_the_weights_in_float32_alone(tmp_path):
 
 def save_tiny(folder: Path, **changes) -> None:
     model, tokenizer = llm.tiny_model()
+    tokenizer.pad_token = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
