@@ -92,13 +92,10 @@ def quality(
     n_items = prep.n_items
     some = np.unique(users)  # [S]
     some = some[:: -(-len(some) // QUALITY_USERS)]
-    row_of = np.full(prep.n_users, -1)
-    row_of[some] = np.arange(len(some))
-    of_some = row_of[users] >= 0  # [N]
+    of_some = np.isin(users, some)  # [N]
     taken, held_out = (np.zeros((len(some), n_items), bool) for _ in range(2))
     for mark, part in ((taken, prep.train), (held_out, prep.valid)):
-        u, i = part.pairs().T
-        mark[row_of[u[row_of[u] >= 0]], i[row_of[u] >= 0]] = True
+        mark[tuple(part.take(some).pairs().T)] = True
     scores = np.where(taken, -np.inf, cf[0][some] @ cf[1].T)  # [S, I]
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)  # 0 is hardest
     free = n_items - prep.train.degrees()  # [U]
@@ -112,7 +109,7 @@ def quality(
     def figures(matches: np.ndarray) -> dict[str, float | None]:
         row, place = np.nonzero((matches >= 0) & of_some[:, None])
         u, j = users[row], matches[row, place]
-        r = row_of[u]
+        r = np.searchsorted(some, u)
         used = np.bincount(j, minlength=n_items)
         blocks = np.split(np.arange(len(j)), range(4096, len(j), 4096))  # of all matches the vectors would be many GB
         values = {
