@@ -645,8 +645,3 @@ def gradients(
     slopes = slope.split([len(part[0]) for part in made])
     found = each(lambda number: torch.autograd.grad(made[number][0], weights, slopes[number], materialize_grads=True))
     return figures, [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
-
-
-def recompute_activations(model: NegativeModel) -> None:
-    """Gradient checkpointing. Non-reentrant, so that gradients reach LoRA although the weights are frozen (D10)."""
-    model.llm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -170,8 +170,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     model = llm.NegativeModel(lora, cf_user, cf_item, targets.shape[1])
     if cfg.init_from:  # not the head: the warm-up spaces of two data sets have nothing to do with each other
         model.load_projections(resolve_path(cfg.init_from), head=False)
-    if cfg.checkpointing:
-        llm.recompute_activations(model)
+    if cfg.checkpointing:  # not reentrant, so that gradients reach LoRA although the weights are frozen (case D10)
+        lora.gradient_checkpointing_enable({"use_reentrant": False})
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     learnt = {name: t for name, t in model.state_dict().items() if name in trainable or name.startswith("head.")}
     groups = [{"params": [p for n, p in trainable.items() if ("lora_" in n) is lora]} for lora in (True, False)]
