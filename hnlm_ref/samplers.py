@@ -31,11 +31,6 @@ class Batch:
 # ---- which of the candidates ------------------------------------------------------------------------------------
 
 
-def pick_hardest(scores: Tensor) -> Tensor:
-    """DNS (Zhang et al., SIGIR 2013): the highest score; [..., M] -> [...]."""
-    return scores.argmax(-1)
-
-
 def pick_among_top(scores: Tensor, n_top: int) -> Tensor:
     """DNS(M, N) (Shi et al., WWW 2023): one of the highest scores, each equally likely; [..., M] -> [...].
 
@@ -182,7 +177,7 @@ class Sampler:
                     pos_scores = (e_u * losses.take(item_emb, batch.items)).sum(-1)
                     place = pick_adaptive(scores, pos_scores, self.ahns_alpha, self.ahns_beta, self.ahns_p)
                 else:
-                    place = pick_hardest(scores)
+                    place = scores.argmax(-1)  # DNS (Zhang et al., SIGIR 2013): the hardest
                 items = pool.gather(2, place[..., None])[..., 0]
         return items, losses.take(item_emb, items)
 

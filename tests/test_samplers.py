@@ -127,7 +127,11 @@ def test_popularity_draws_by_count_to_the_power_of_beta(beta):  # case B06
 
 def test_dns_takes_the_hardest_and_the_first_drawn_of_a_tie(pool):  # case B07
     items, scores, _ = pool
-    assert items[samplers.pick_hardest(scores).item()] == 9
+    item_emb, one = torch.zeros(10, 1), torch.zeros(1, dtype=torch.int64)
+    item_emb[items] = scores.view(-1, 1)
+    batch = samplers.Batch(1, one, one, one, torch.tensor([[items]]))
+    found, vectors = Sampler("dns", csr([[0]], 10)).pick(batch, [], torch.ones(1, 1), item_emb)
+    assert found.tolist() == [[9]] and vectors.tolist() == [[item_emb[9].tolist()]]
 
 
 def test_dns_mn_draws_evenly_among_the_n_best(pool):  # case B07
