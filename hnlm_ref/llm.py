@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hnlm_ref.artifacts import load_json, load_npy, resolve_path, save_json, whole
 from hnlm_ref.console import UserError, progress, say
-from hnlm_ref.losses import one_thread, products_vary, steady
+from hnlm_ref.losses import one_thread, products_vary
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
 TINY = "tiny"
@@ -558,14 +558,6 @@ def load_negative_model(llm: Any, folder: Path, cf_user: np.ndarray, cf_item: np
     if llm.dtype == torch.float32 and not sharded() and not getattr(llm, "is_loaded_in_4bit", False):
         model.llm.merge_adapter()  # W + BA once and not in every batch; bfloat16 would round the small BA away
     return model.eval()
-
-
-@torch.inference_mode()
-@steady()
-def apply_head(model: NegativeModel, h: np.ndarray) -> np.ndarray:
-    """head(h) of stored vectors, float [N, d_llm] -> float32 [N, d_out]."""
-    device = model.cf_user.device
-    return torch.cat([model.head(some.float().to(device)).cpu() for some in torch.from_numpy(h).split(4096)]).numpy()
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------

@@ -43,13 +43,6 @@ def products_vary() -> bool:
     return not (told.exists() and "GenuineIntel" in told.read_text(encoding="utf-8"))
 
 
-@contextlib.contextmanager
-def steady() -> Iterator[None]:
-    """Products in here are the same for any number of threads."""
-    with one_thread() if products_vary() else contextlib.nullcontext():
-        yield
-
-
 def take(table: Tensor, rows: Tensor) -> Tensor:
     """table[rows], float32 [*rows.shape, d] from [., d] and int64 rows.
 

@@ -92,6 +92,7 @@ def in_shards(
 
 def main(cfg: GenerateConfig, run: Run) -> dict:
     import accelerate
+    import torch
 
     from hnlm_ref import _core, llm, negatives, profiles, prompts
 
@@ -172,7 +173,9 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         matches, scores = _core.match_titles(said, catalogue, users, *refused, cfg.n_matches, lowest)
     else:
         if tuned:
-            z = llm.apply_head(model, h)  # [N, d_out]
+            parts = torch.from_numpy(h).split(4096)
+            found = llm.in_parallel(lambda part: model.head(part.float().to(device)).cpu(), parts, device)
+            z = torch.cat(list(found)).numpy()  # [N, d_out]
         else:
             z = h.astype(np.float32)
             z -= 0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32)
