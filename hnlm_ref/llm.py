@@ -55,11 +55,6 @@ transformers.utils.logging.disable_progress_bar()
 # ---- threads ----------------------------------------------------------------------------------------------------
 
 
-def set_threads(n_threads: int) -> None:
-    if n_threads:
-        torch.set_num_threads(n_threads)
-
-
 def cut(work: Sequence, size: int) -> list:
     """The work in pieces of `size`, in order; the last may be shorter."""
     return [work[start : start + size] for start in range(0, len(work), size)]

@@ -210,9 +210,11 @@ def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: R
         about.append({"user": u})
     answer: Callable[..., Answers] = partial(ask_server, cfg)
     if cfg.endpoint is None:
-        from hnlm_ref.llm import load_llm, set_threads
+        import torch
 
-        set_threads(run.n_threads)
+        from hnlm_ref.llm import load_llm
+
+        torch.set_num_threads(run.n_threads or torch.get_num_threads())
         llm, tokenizer = load_llm(model, run.device)
         answer = partial(ask_local, llm, tokenizer, cfg)
     of = answers_depend_on(cfg, model)

@@ -89,7 +89,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
         model, theirs = tuned["knobs"]["model"], tuned["counts"]["model fingerprint"]
         if model != cfg.model and (theirs != fingerprint or theirs == "absent"):
             raise UserError(f"init_from {cfg.init_from} was tuned on model {model}, not on {cfg.model}; take that one")
-    llm.set_threads(run.n_threads)
+    torch.set_num_threads(run.n_threads or torch.get_num_threads())
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the steps: one, unless launched so
 
     # The collaborative signal c_u, c_i: from train alone, early-stopped on valid.

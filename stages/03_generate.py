@@ -105,7 +105,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     text = [load_npy(sft / f"{side}_text.npy") for side in ("user", "item")]
     if cfg.skip_ranks and (prep.n_items - prep.train.degrees() <= cfg.skip_ranks).all():
         raise UserError(f"skip_ranks {cfg.skip_ranks} leaves nobody an item to match of {prep.n_items}; lower it")
-    llm.set_threads(run.n_threads)
+    torch.set_num_threads(run.n_threads or torch.get_num_threads())
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the rows: one, unless launched so
     if cfg.mode == "text" and team.num_processes > 1:  # the others would wait for it longer than torch lets them
         raise UserError("--mode text: one process asks; start it without torchrun or accelerate launch")

@@ -105,8 +105,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
 
     from hnlm_ref import baselines, losses, prompts, recommender, samplers, training
 
-    if run.n_threads:
-        torch.set_num_threads(run.n_threads)
+    torch.set_num_threads(run.n_threads or torch.get_num_threads())
     prep = run.prep()
     train = prep.train
     if cfg.guard_threshold is not None or cfg.enhancer != "none":
