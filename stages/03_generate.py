@@ -115,6 +115,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     # The model is that of tuning, and so are the prompts.
     dtype = tuning["counts"]["dtype"]  # what "auto" was there, maybe on another machine
     base, tokenizer = llm.load_llm(knobs["model"], device, dtype, knobs["attention"], knobs["load_in_4bit"])
+    model = llm.load_negative_model(base, sft, *cf) if cfg.mode == "embedding" and cfg.tuned else None
     pairs = negatives.choose_pairs(prep.train, cfg.pairs_per_user, run.seed)  # [N, 2]
     if cfg.mode == "embedding":
         # Rows: a user with up to `pairs_per_row` items, so that the user's part is computed once for all of them.
@@ -126,13 +127,11 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             for u, (start, end) in enumerate(pairwise(starts.tolist()))
             for low in range(start, end, cfg.pairs_per_row)
         ]
-        if cfg.tuned:
-            model = llm.load_negative_model(base, sft, *cf)
-        else:
-            model = lambda batch: (llm.embed(base, batch, pooling="mean"), None)  # noqa: E731
 
         def encode(some: list) -> np.ndarray:
-            return model(llm.pack(some, device))[0].half().cpu().numpy()
+            batch = llm.pack(some, device)
+            h = model(batch)[0] if model else llm.embed(base, batch, pooling="mean")
+            return h.half().cpu().numpy()
 
         h, timing = in_shards(rows, pairs, cfg, run, team, encode)  # [N, d_llm]
         if not team.is_main_process:
@@ -162,8 +161,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     save_npy(out / "embeddings.npy", h)
 
     # The nearest items that the user has not taken: by cosine in the space tuning compared in, or by the title's words.
-    tuned = cfg.mode == "embedding" and cfg.tuned
-    item_vectors = load_npy(sft / "targets.npy") if tuned else text[1]  # [I, d_out]
+    item_vectors = load_npy(sft / "targets.npy") if model else text[1]  # [I, d_out]
     users, graph = np.ascontiguousarray(pairs[:, 0]), (prep.train.indptr, prep.train.indices)
     blocked = negatives.with_best_ranked(prep.train, cf, cfg.skip_ranks, run.n_threads)
     refused = blocked.indptr, blocked.indices
@@ -172,7 +170,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         lowest = max(cfg.min_similarity, 0.0)
         matches, scores = _core.match_titles(said, catalogue, users, *refused, cfg.n_matches, lowest)
     else:
-        if tuned:
+        if model:
             parts = torch.from_numpy(h).split(4096)
             found = llm.in_parallel(lambda part: model.head(part.float().to(device)).cpu(), parts, device)
             z = torch.cat(list(found)).numpy()  # [N, d_out]
