@@ -141,8 +141,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         folder = generated_folder(cfg, run)
         by_item = cfg.sampler != "hnlm"
         generated = samplers.load_generated(folder, train, pairs, cfg.min_coverage, blocked, run.device, by_item)
-    shared = {f.name for f in fields(samplers.Sampler)} & {f.name for f in fields(cfg)}
-    knobs = {name: getattr(cfg, name) for name in shared}
+    knobs = {f.name: getattr(cfg, f.name) for f in fields(samplers.Sampler) if hasattr(cfg, f.name)}
     sampler = samplers.Sampler(train=train, blocked=blocked, generated=generated, n_threads=run.n_threads, **knobs)
     if len(short := free[(free > 0) & (free < sampler.n_candidates)]):
         most = sampler.n_candidates - short.min()
