@@ -17,7 +17,6 @@ from hnlm_ref.artifacts import atomic, load_json, load_npy
 from hnlm_ref.console import UserError
 from hnlm_ref.view import View
 
-N_EXPLORED = 200  # Choice: users in a page's explorer
 LISTS = ("coverage", "Gini", "head share")  # in the order of metrics.json
 Cells = list[list[str]]
 
@@ -242,7 +241,7 @@ def compare(views: list[View], metric: str) -> list[dict]:
     return found
 
 
-def write(views: list[View], path: Path, n_explored: int = N_EXPLORED) -> None:
+def write(views: list[View], path: Path, n_explored: int = 200) -> None:
     """Write the page: one file that needs no other, and no network."""
     parts = {
         "title": html.escape("HNLMRec: " + " and ".join(view.name for view in views)),
