@@ -428,10 +428,9 @@ def embed(llm: Any, batch: Batch, soft: Tensor | None = None, pooling: str = "la
     pooling  "last": hidden state of the continuation's last token (its EOS); "mean": over its tokens
     Returns  float32 [P, d_llm]; padding and the other rows of the batch have no influence on a vector (case D04)
     """
-    at_soft = batch.ids < 0
     inputs = llm.get_input_embeddings()(batch.ids.clamp(min=0))  # [R, L, d_llm]
     if soft is not None:
-        inputs = inputs.masked_scatter(at_soft.unsqueeze(-1), soft.to(inputs.dtype))
+        inputs = inputs.masked_scatter((batch.ids < 0).unsqueeze(-1), soft.to(inputs.dtype))
     branch, order = batch.branch, torch.arange(batch.ids.shape[1], device=batch.ids.device)
     seen = (branch.unsqueeze(2) == branch.unsqueeze(1)) | ((branch == 0).unsqueeze(1) & (branch >= 0).unsqueeze(2))
     seen &= order.unsqueeze(0) <= order.unsqueeze(1)  # [R, L, L]: row token q sees token k

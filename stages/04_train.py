@@ -206,7 +206,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     save_npy(run.out / "negatives.npy", training.negatives_of(encoder, sampler, pairs, run.seed, cfg.batch_size))
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, run.out / "model.safetensors")
     save_jsonl(run.out / "log.jsonl", done.log)
-    seconds = float(np.mean(done.epoch_seconds)) if done.epoch_seconds else 0.0
+    seconds = float(np.mean(done.epoch_seconds))
     score = done.best_score if prep.valid.nnz else None
     told = "nothing to validate on" if score is None else f"validation {score:.4f}"
     say(f"best epoch {done.best_epoch} of {done.epoch}: {told}, {seconds:.2f} s an epoch")
