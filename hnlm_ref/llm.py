@@ -496,16 +496,16 @@ class NegativeModel(nn.Module):
     d_out             width of the space in which h is compared with the targets
     """
 
-    cf_user: Tensor
-    cf_item: Tensor
+    cf: Tensor
 
     def __init__(self, llm: Any, cf_user: np.ndarray, cf_item: np.ndarray, d_out: int):
         super().__init__()
         self.llm = llm
         embedding = llm.get_input_embeddings()
         device = embedding.weight.device
-        for name, table in (("cf_user", cf_user), ("cf_item", cf_item)):
-            self.register_buffer(name, torch.from_numpy(table / table.std()), persistent=False)
+        cf = np.concatenate([cf_user / cf_user.std(), cf_item / cf_item.std()])
+        self.register_buffer("cf", torch.from_numpy(cf), persistent=False)
+        self.n_users = len(cf_user)
         d_llm, d_cf = llm.config.get_text_config().hidden_size, cf_user.shape[1]
         self.user_projection, self.item_projection = nn.Linear(d_cf, d_llm), nn.Linear(d_cf, d_llm)
         # Choice: a soft token starts about as long as a word's embedding, so the frozen layers can read it at once.
@@ -520,10 +520,8 @@ class NegativeModel(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """h [P, d_llm], the vectors that are kept, and head(h) [P, d_out], what the loss and the matching compare."""
         number = -1 - batch.ids[batch.ids < 0]  # soft tokens in reading order
-        is_user = (number < len(self.cf_user)).unsqueeze(1)
-        of_user = self.user_projection(self.cf_user[number.clamp(max=len(self.cf_user) - 1)])
-        of_item = self.item_projection(self.cf_item[(number - len(self.cf_user)).clamp(min=0)])
-        h = embed(self.llm, batch, torch.where(is_user, of_user, of_item))
+        is_user, c = (number < self.n_users).unsqueeze(1), self.cf[number]
+        h = embed(self.llm, batch, torch.where(is_user, self.user_projection(c), self.item_projection(c)))
         return h, self.head(h)
 
     def save(self, folder: Path) -> None:

@@ -244,7 +244,7 @@ def test_soft_tokens_start_as_long_as_words(family):
     base, _ = llm.tiny_model(family)
     cf = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
     model = llm.NegativeModel(base, cf, cf, 3)
-    words, soft = base.get_input_embeddings()(torch.arange(258)), model.user_projection(model.cf_user)
+    words, soft = base.get_input_embeddings()(torch.arange(258)), model.user_projection(model.cf[: model.n_users])
     assert (soft.norm(dim=1).mean() / words.norm(dim=1).mean()).item() == pytest.approx(1, abs=0.2)
 
 
@@ -258,9 +258,9 @@ def test_soft_tokens_put_each_users_and_items_own_vector_in():
     model = negative_model().eval()
     with torch.no_grad():
         before, _ = model(query_batch())
-        model.cf_item[1] += 1.0
+        model.cf[model.n_users + 1] += 1.0
         of_item, _ = model(query_batch())
-        model.cf_user[1] += 1.0
+        model.cf[1] += 1.0
         of_user, _ = model(query_batch())
     changed = [((a - b).abs().max(1).values > 1e-6).tolist() for a, b in ((before, of_item), (of_item, of_user))]
     assert changed == [[False, True, True], [False, False, True]]  # pairs (0, 0), (0, 1), (1, 1)
