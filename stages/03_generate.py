@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -63,9 +62,8 @@ def in_shards(
     sizes, starts = list(map(n_tokens, rows)), np.cumsum([0, *(len(parts) for _, parts in rows)])
     bar, started = progress(total=sum(sizes), desc="generating", unit="token"), time.time()
     n_done, paths = 0, []
-    for low in range(0, len(rows), cfg.rows_per_shard):
-        shard = range(low, min(low + cfg.rows_per_shard, len(rows)))
-        paths.append(run.out / f"shard{low:09d}.npy")
+    for shard in cut(range(len(rows)), cfg.rows_per_shard):
+        paths.append(run.out / f"shard{shard[0]:09d}.npy")
         if not paths[-1].exists():
             by_length = sorted(shard, key=lambda r: -sizes[r])
             found: list[tuple[int, np.ndarray]] = []
@@ -78,7 +76,7 @@ def in_shards(
             of_row = dict(accelerate.utils.gather_object(found))
             h = np.concatenate([of_row[r] for r in shard])
             for bad in np.flatnonzero(~np.isfinite(h).all(axis=1))[:1]:
-                u, i = pairs[starts[low] + bad]
+                u, i = pairs[starts[shard[0]] + bad]
                 raise UserError(f"the vector of user {u} and item {i} is not finite; tune and generate in float32")
             if team.is_main_process:
                 save_npy(paths[-1], h)
@@ -121,11 +119,11 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         # Rows: a user with up to `pairs_per_row` items, so that the user's part is computed once for all of them.
         limits = knobs["max_user_tokens"], knobs["max_item_tokens"]
         queries = llm.make_queries(tokenizer, prep.users, prep.items, *limits)
-        starts = np.searchsorted(pairs[:, 0], np.arange(prep.n_users + 1))
+        of_users = np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, prep.n_users)))
         rows = [
-            queries.row(u, pairs[low : min(low + cfg.pairs_per_row, end), 1].tolist(), soft=cfg.tuned)
-            for u, (start, end) in enumerate(pairwise(starts.tolist()))
-            for low in range(start, end, cfg.pairs_per_row)
+            queries.row(u, some.tolist(), soft=cfg.tuned)
+            for u, items in enumerate(of_users)
+            for some in llm.cut(items, cfg.pairs_per_row)
         ]
 
         def encode(some: list) -> np.ndarray:
