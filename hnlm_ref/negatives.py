@@ -88,6 +88,7 @@ def quality(
     profile_similarity  cosine of item text and user text
     popularity          share of the items with fewer training users; 0.5 random
     coverage            share of the catalogue that is used; most_used: share of the most frequent item
+    matched             share of the rows of `kinds` that have any match
     """
     n_items = prep.n_items
     some = np.unique(users)  # [S]
