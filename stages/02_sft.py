@@ -189,8 +189,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
         o, u, i = (x.repeat_interleave(j.shape[1], dim=0) for x in (o, u, i))
         p, n = targets[j.flatten()], targets[i]  # [B m, d_out]
         loss = losses.sft_loss(o, p, n, u, i, cfg.temperature)
-        # Choice, not in the paper: the own negative by itself, since it hardly counts among B columns and cos(h, p)
-        # stays below cos(h, n) for almost half of the held-out triplets; the catalogue, at no further LLM call.
+        # Choice: beside the paper's loss, the own negative by itself, since it hardly counts among B columns and
+        # cos(h, p) stays below cos(h, n) for almost half of the held-out triplets; and, as it costs no further call of
+        # the LLM, the softmax over the catalogue.
         own = losses.contrast_loss(o, p, n, cfg.temperature)
         catalogue = losses.info_nce(o, targets, cfg.catalogue_temperature, j.flatten())
         objective = loss + cfg.own_weight * own + cfg.catalogue_weight * catalogue
