@@ -216,8 +216,9 @@ def main(cfg: SftConfig, run: Run) -> dict:
     # share the micro-batches of a step and sum their gradients; everything else each of them does alike.
     n_per_epoch = -(-len(users) // (cfg.batch_size * cfg.grad_accum))
     n_steps, checkpoint = cfg.n_epochs * n_per_epoch, out / "checkpoint.safetensors"
-    state: dict = {"step": 0, "log": [], "best": None, "bad_looks": 0, "sum": 0.0, "n": 0}
+    state: dict = {"step": 0, "log": [], "best": 1}  # best: place of its look in the log
     best: dict = {}
+    seen = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses since the last look, and how many
     if checkpoint.exists():
         state, best = load_checkpoint(checkpoint, optimiser, model)
         say(f"[sft] going on after step {state['step']} of {n_steps}")
@@ -235,11 +236,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
         model.head.solve(h, wanted)
         state["log"].append({"step": 0, "head": "solved", **look()})
         say("\n".join(f"[sft] {line}" for line in state["log"]))
-        state["best"], best = state["log"][1]["held_out_objective"], {name: t.clone() for name, t in learnt.items()}
+        best = {name: t.clone() for name, t in learnt.items()}
     model.train()
     bar, batches = progress(total=n_steps, desc="tuning", unit="step"), []
     bar.update(state["step"])
-    while state["step"] < n_steps and state["bad_looks"] < cfg.patience:
+    while state["step"] < n_steps and len(state["log"]) - 1 - state["best"] < cfg.patience:
         epoch, place = divmod(state["step"], n_per_epoch)
         if place == 0 or not batches:
             batches = llm.cut(np.random.default_rng([run.seed, epoch]).permutation(users).tolist(), cfg.batch_size)
@@ -250,7 +251,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
             figures, gradients = llm.gradients(model, lambda some: read(some)[1:], some, all_losses, seed)
             for so_far, gradient in zip(total, gradients, strict=True):
                 so_far.add_(gradient, alpha=counts / cfg.grad_accum)
-            state["sum"], state["n"] = state["sum"] + counts * figures["loss"].item(), state["n"] + counts
+            seen += counts * torch.tensor([figures["loss"].item(), 1.0], device=device)
         for p, gradient in zip(trainable.values(), accelerate.utils.reduce(total, "sum"), strict=True):
             p.grad = gradient
         rate = min((state["step"] + 1) / (cfg.warmup_steps + 1), 1 - state["step"] / n_steps)
@@ -262,18 +263,15 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state["step"] += 1
         bar.update()
         if state["step"] % cfg.eval_every == 0 or state["step"] == n_steps:
-            seen = torch.tensor([state["sum"], state["n"]], dtype=torch.float64, device=device)
             loss_sum, n = accelerate.utils.reduce(seen, "sum").tolist()
             state["log"].append({"step": state["step"], "loss": round(loss_sum / n, 6), **look()})
-            state |= {"sum": 0.0, "n": 0}
+            seen.zero_()
             say(f"[sft] {state['log'][-1]}")
             if not np.isfinite(list(state["log"][-1].values())).all():
                 raise UserError(f"step {state['step']}: a loss is not finite; lr {cfg.lr} may be too large")  # case E11
-            if state["log"][-1]["held_out_objective"] < state["best"]:
-                state["best"], state["bad_looks"] = state["log"][-1]["held_out_objective"], 0
+            if state["log"][-1]["held_out_objective"] < state["log"][state["best"]]["held_out_objective"]:
+                state["best"] = len(state["log"]) - 1
                 best = {name: t.clone() for name, t in learnt.items()}
-            else:
-                state["bad_looks"] += 1
             if team.is_main_process:
                 save_checkpoint(checkpoint, optimiser, state, learnt, best)
     bar.close()
@@ -284,8 +282,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     model.load_state_dict(best, strict=False)
     model.save(out)
     save_jsonl(out / "log.jsonl", state["log"])
-    kept = next(line for line in state["log"][1:] if line["held_out_objective"] == state["best"])
-    counted |= {"triplets": n_triplets, "steps": state["step"], "before": state["log"][0], "kept": kept}
+    counted |= {"triplets": n_triplets, "steps": state["step"], "before": state["log"][0]}
+    counted["kept"] = state["log"][state["best"]]
     return {"counts": counted}
 
 
