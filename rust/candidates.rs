@@ -5,27 +5,14 @@ use rayon::prelude::*;
 use crate::csr::{CsrView, check_users, refuse};
 use crate::error::{Error, Result};
 use crate::random::{Stream, below};
-use crate::simd::{self, Kernel, Steps};
+use crate::simd::{Kernel, Steps};
 use crate::threads;
 
 /// Draws per parallel task: few enough to stay in the nearest cache, enough to forget the task's cost.
 const DRAWS_PER_TASK: usize = 1 << 12;
 
-/// Fills `out`, `n_negatives` per entry of `users`, uniformly with replacement from the items
-/// the user does not own.
-pub fn sample_uniform(csr: CsrView, users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32]) -> Result<()> {
-    Batch::uniform(csr, users, n_negatives, seed).draw(simd::kernel(), out)
-}
-
-/// The same with probability proportional to `weights` among the free items.
-pub fn sample_popularity(
-    csr: CsrView, weights: &[f64], users: &[i32], n_negatives: usize, seed: u64, out: &mut [i32],
-) -> Result<()> {
-    Batch { law: Law::popularity(weights)?, csr, users, n_negatives, seed }.draw(simd::kernel(), out)
-}
-
 /// Where draws come from: a try chooses one of equally likely columns, a column and a coin an item.
-struct Law<'a> {
+pub struct Law<'a> {
     n_columns: u32,
     /// Users with up to so many items never need [`Batch::draw_free`].
     longest: usize,
@@ -43,7 +30,12 @@ struct Popularity<'a> {
 }
 
 impl<'a> Law<'a> {
-    fn popularity(weights: &'a [f64]) -> Result<Self> {
+    pub fn uniform(n_items: usize) -> Self {
+        Self { n_columns: n_items as u32, longest: n_items.saturating_sub(1) / 4, popularity: None }
+    }
+
+    /// Probability proportional to `weights` among the free items.
+    pub fn popularity(weights: &'a [f64]) -> Result<Self> {
         if let Some(at) = weights.iter().position(|w| !w.is_finite() || *w < 0.0) {
             let found = format!("{} at item {at}", weights[at]);
             return Err(Error::Argument { name: "weights", found, expected: "finite and not negative" });
@@ -100,19 +92,15 @@ pub fn filter_candidates(
 
 /// The arguments of one call.
 pub struct Batch<'a> {
-    law: Law<'a>,
-    csr: CsrView<'a>,
-    users: &'a [i32],
-    n_negatives: usize,
-    seed: u64,
+    pub law: Law<'a>,
+    pub csr: CsrView<'a>,
+    pub users: &'a [i32],
+    pub n_negatives: usize,
+    pub seed: u64,
 }
 
-impl<'a> Batch<'a> {
-    pub fn uniform(csr: CsrView<'a>, users: &'a [i32], n_negatives: usize, seed: u64) -> Self {
-        let law = Law { n_columns: csr.n_cols as u32, longest: csr.n_cols.saturating_sub(1) / 4, popularity: None };
-        Self { law, csr, users, n_negatives, seed }
-    }
-
+impl Batch<'_> {
+    /// Fills `out`, `n_negatives` per entry of `users`, with replacement from the items the user does not own.
     pub fn draw(&self, kernel: &Kernel, out: &mut [i32]) -> Result<()> {
         check_users(self.users, self.csr.n_rows())?;
         if out.is_empty() {

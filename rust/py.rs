@@ -12,6 +12,7 @@ use numpy::{
 use pyo3::exceptions::{PyIndexError, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
+use crate::candidates::{Batch, Law};
 use crate::csr::CsrView;
 use crate::error::{Error, Result};
 use crate::scan::{Values, Vectors};
@@ -208,7 +209,7 @@ fn sample_uniform<'py>(
     let csr = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, n_items)?;
     let users = users.slice("users")?;
     draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
-        candidates::sample_uniform(csr, users, n_negatives, seed, out)
+        Batch { law: Law::uniform(n_items), csr, users, n_negatives, seed }.draw(simd::kernel(), out)
     })
 }
 
@@ -234,7 +235,7 @@ fn sample_popularity<'py>(
     let (weights, users) = (weights.slice("weights")?, users.slice("users")?);
     let csr = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, weights.len())?;
     draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
-        candidates::sample_popularity(csr, weights, users, n_negatives, seed, out)
+        Batch { law: Law::popularity(weights)?, csr, users, n_negatives, seed }.draw(simd::kernel(), out)
     })
 }
 

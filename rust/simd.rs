@@ -445,6 +445,7 @@ impl Kernel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::candidates::Law;
     use crate::csr::CsrView;
     use crate::random::{Stream, below};
 
@@ -489,7 +490,8 @@ mod tests {
             for (n_items, users) in [(1_500_000_000, [0; 5]), (300, [0, 1, 1, 2, 1])] {
                 let csr = CsrView::new(&[0, 0, 3, 43, 103], &items, n_items).unwrap();
                 let mut found = vec![0; 5 * n];
-                Batch::uniform(csr, &users, n, 7).draw(kernel, &mut found).unwrap();
+                let batch = Batch { law: Law::uniform(n_items), csr, users: &users, n_negatives: n, seed: 7 };
+                batch.draw(kernel, &mut found).unwrap();
                 for at in 0..5 * n {
                     let owned = csr.row(users[at / n] as usize).unwrap();
                     let mut words = (0..).map(|attempt| Stream::new(7, (at / n) as u64).word((at % n) as u64, attempt));
