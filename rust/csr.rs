@@ -10,23 +10,17 @@ pub struct CsrView<'a> {
     /// The items of all rows, unchecked.
     pub indices: &'a [i32],
     pub n_cols: usize,
-    names: (&'static str, &'static str),
+    names: Names,
 }
+
+/// What errors call the two arrays.
+pub type Names = (&'static str, &'static str);
+pub const OWNED: Names = ("indptr", "indices");
+pub const HELD_OUT: Names = ("test_indptr", "test_indices");
 
 impl<'a> CsrView<'a> {
     /// A matrix whose columns are the items `0..n_cols`.
-    pub fn new(indptr: &'a [i64], indices: &'a [i32], n_cols: usize) -> Result<Self> {
-        Self::named(indptr, indices, n_cols, ("indptr", "indices"))
-    }
-
-    /// The held-out items; errors speak of `test_indptr` and `test_indices`.
-    pub fn held_out(indptr: &'a [i64], indices: &'a [i32], n_cols: usize) -> Result<Self> {
-        Self::named(indptr, indices, n_cols, ("test_indptr", "test_indices"))
-    }
-
-    fn named(
-        indptr: &'a [i64], indices: &'a [i32], n_cols: usize, names: (&'static str, &'static str),
-    ) -> Result<Self> {
+    pub fn new(names: Names, indptr: &'a [i64], indices: &'a [i32], n_cols: usize) -> Result<Self> {
         if indptr.is_empty() {
             return Err(Error::Length { name: names.0, expected: 1, found: 0 });
         }
@@ -47,10 +41,6 @@ impl<'a> CsrView<'a> {
         self.indptr.len() - 1
     }
 
-    pub fn nnz(&self) -> usize {
-        self.indices.len()
-    }
-
     /// The matrix has to have one row per user of the other arguments.
     pub fn expect_rows(&self, expected: usize) -> Result<()> {
         if self.n_rows() == expected {
@@ -62,7 +52,7 @@ impl<'a> CsrView<'a> {
     /// Where row `row` lies in `indices`.
     pub fn span(&self, row: usize) -> Result<std::ops::Range<usize>> {
         let (start, end) = (self.indptr[row], self.indptr[row + 1]);
-        if start < 0 || start > end || end > self.nnz() as i64 {
+        if start < 0 || start > end || end > self.indices.len() as i64 {
             return Err(Error::Indptr { name: self.names.0, row });
         }
         Ok(start as usize..end as usize)

@@ -87,12 +87,13 @@ fn trigrams(title: &str) -> Vec<[char; 3]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::csr::OWNED;
 
     #[test]
     fn titles_match_whatever_their_case_and_punctuation() {
         let catalogue = ["Toy Story (1995)", "Toy Soldiers", "!!!", "Heat"].map(String::from);
         let titles = ["toy story, 1995", "zzz", ""].map(String::from);
-        let csr = CsrView::new(&[0, 0], &[], 4).unwrap();
+        let csr = CsrView::new(OWNED, &[0, 0], &[], 4).unwrap();
         let (mut items, mut scores) = ([0; 6], [0.0; 6]);
         match_titles(&titles, &catalogue, &[0, 0, 0], csr, 2, 0.2, (&mut items, &mut scores)).unwrap();
         assert_eq!(items, [0, 1, -1, -1, -1, -1]);

@@ -13,7 +13,7 @@ use pyo3::exceptions::{PyIndexError, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::candidates::{Batch, Law};
-use crate::csr::CsrView;
+use crate::csr::{CsrView, HELD_OUT, Names, OWNED};
 use crate::error::{Error, Result};
 use crate::scan::{Values, Vectors};
 use crate::{candidates, matching, metrics, simd, threads, topk};
@@ -67,6 +67,11 @@ impl Table<'_> {
         let (values, shape) = self.read(name)?;
         Ok(Vectors::new(Values::F32(values), shape[1], shape[0]))
     }
+}
+
+/// The matrix of two arguments.
+fn csr<'a>(names: Names, indptr: &'a Longs, indices: &'a Ints, n_items: usize) -> PyResult<CsrView<'a>> {
+    Ok(CsrView::new(names, indptr.slice(names.0)?, indices.slice(names.1)?, n_items)?)
 }
 
 /// Vectors in either precision; at most one of the two could be taken.
@@ -206,7 +211,7 @@ fn sample_uniform<'py>(
     #[pyo3(from_py_with = named::seed)] seed: u64, #[pyo3(from_py_with = named::n_threads)] n_threads: usize,
     out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
-    let csr = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, n_items)?;
+    let csr = csr(OWNED, &indptr, &indices, n_items)?;
     let users = users.slice("users")?;
     draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
         Batch { law: Law::uniform(n_items), csr, users, n_negatives, seed }.draw(simd::kernel(), out)
@@ -233,7 +238,7 @@ fn sample_popularity<'py>(
     #[pyo3(from_py_with = named::n_threads)] n_threads: usize, out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
     let (weights, users) = (weights.slice("weights")?, users.slice("users")?);
-    let csr = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, weights.len())?;
+    let csr = csr(OWNED, &indptr, &indices, weights.len())?;
     draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
         Batch { law: Law::popularity(weights)?, csr, users, n_negatives, seed }.draw(simd::kernel(), out)
     })
@@ -277,7 +282,7 @@ fn draw_into<'py>(
 fn filter_candidates<'py>(
     py: Python<'py>, indptr: Longs<'py>, indices: Ints<'py>, users: Ints<'py>, candidates: Input<'py, i32, Ix2>,
 ) -> PyResult<Filtered<'py>> {
-    let csr = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, i32::MAX as usize)?;
+    let csr = csr(OWNED, &indptr, &indices, i32::MAX as usize)?;
     let users = users.slice("users")?;
     let (candidates, shape) = candidates.read("candidates")?;
     expect("users", users.len(), shape[0])?;
@@ -323,7 +328,7 @@ fn match_items<'py>(
     expect("items (dimensions)", items.dim, queries.dim)?;
     expect("users", users.len(), queries.len)?;
     let band = min_similarity..=max_similarity;
-    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, items.len)?;
+    let excluded = csr(OWNED, &indptr, &indices, items.len)?;
     lists(py, (queries.len, k), n_threads, |out| matching::match_items(queries, items, users, excluded, k, band, out))
 }
 
@@ -351,7 +356,7 @@ fn match_titles<'py>(
 ) -> PyResult<Lists<'py>> {
     let users = users.slice("users")?;
     expect("users", users.len(), titles.len())?;
-    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, catalogue.len())?;
+    let excluded = csr(OWNED, &indptr, &indices, catalogue.len())?;
     lists(py, (titles.len(), k), 0, |out| {
         matching::match_titles(&titles, &catalogue, users, excluded, k, min_similarity, out)
     })
@@ -382,7 +387,7 @@ fn topk_py<'py>(
 ) -> PyResult<Lists<'py>> {
     let (users, items) = (user_emb.vectors("user_emb")?, item_emb.vectors("item_emb")?);
     expect("item_emb (dimensions)", items.dim, users.dim)?;
-    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, items.len)?;
+    let excluded = csr(OWNED, &indptr, &indices, items.len)?;
     lists(py, (users.len, k), n_threads, |out| topk::topk(&users, &items, excluded, k, out))
 }
 
@@ -403,7 +408,7 @@ fn topk_scores<'py>(
 ) -> PyResult<Lists<'py>> {
     let (matrix, shape) = scores.read("scores")?;
     let (n_users, n_items) = (shape[0], shape[1]);
-    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, n_items)?;
+    let excluded = csr(OWNED, &indptr, &indices, n_items)?;
     excluded.expect_rows(n_users)?;
     lists(py, (n_users, k), n_threads, |out| topk::topk_scores(matrix, excluded, k, out))
 }
@@ -426,10 +431,9 @@ fn test_ranks<'py>(
 ) -> PyResult<Bound<'py, PyArray1<i32>>> {
     let (users, items) = (user_emb.vectors("user_emb")?, item_emb.vectors("item_emb")?);
     expect("item_emb (dimensions)", items.dim, users.dim)?;
-    let excluded = CsrView::new(indptr.slice("indptr")?, indices.slice("indices")?, items.len)?;
-    let held_out =
-        CsrView::held_out(test_indptr.slice("test_indptr")?, test_indices.slice("test_indices")?, items.len)?;
-    let mut ranks = vec![0; held_out.nnz()];
+    let excluded = csr(OWNED, &indptr, &indices, items.len)?;
+    let held_out = csr(HELD_OUT, &test_indptr, &test_indices, items.len)?;
+    let mut ranks = vec![0; held_out.indices.len()];
     py.detach(|| threads::run(n_threads, || topk::test_ranks(&users, &items, excluded, held_out, k, &mut ranks)))?;
     Ok(ranks.into_pyarray(py))
 }
@@ -447,11 +451,10 @@ fn test_ranks<'py>(
 fn ranks_in_lists<'py>(
     py: Python<'py>, topk: Input<'py, i32, Ix2>, test_indptr: Longs<'py>, test_indices: Ints<'py>,
 ) -> PyResult<Bound<'py, PyArray1<i32>>> {
-    let held_out =
-        CsrView::held_out(test_indptr.slice("test_indptr")?, test_indices.slice("test_indices")?, i32::MAX as usize)?;
+    let held_out = csr(HELD_OUT, &test_indptr, &test_indices, i32::MAX as usize)?;
     let (found, shape) = topk.read("topk")?;
     held_out.expect_rows(shape[0])?;
-    let mut ranks = vec![0; held_out.nnz()];
+    let mut ranks = vec![0; held_out.indices.len()];
     py.detach(|| metrics::ranks_in_lists(found, shape[1], held_out, &mut ranks))?;
     Ok(ranks.into_pyarray(py))
 }
@@ -474,8 +477,8 @@ fn ranks_in_lists<'py>(
 fn user_metrics<'py>(
     py: Python<'py>, ranks: Ints<'py>, test_indptr: Longs<'py>, ks: Longs<'py>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let (ranks, ks) = (ranks.slice("ranks")?, ks.slice("ks")?);
-    let ranks = CsrView::held_out(test_indptr.slice("test_indptr")?, ranks, i32::MAX as usize)?;
+    let ranks = csr((HELD_OUT.0, "ranks"), &test_indptr, &ranks, i32::MAX as usize)?;
+    let ks = ks.slice("ks")?;
     let shape = Ix3(metrics::N_METRICS, ks.len(), ranks.n_rows());
     let mut out = vec![f64::NAN; shape.size()];
     py.detach(|| metrics::user_metrics(ranks, ks, &mut out))?;

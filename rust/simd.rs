@@ -446,7 +446,7 @@ impl Kernel {
 mod tests {
     use super::*;
     use crate::candidates::Law;
-    use crate::csr::CsrView;
+    use crate::csr::{CsrView, OWNED};
     use crate::random::{Stream, below};
 
     /// Numbers between -1 and 1 with many digits.
@@ -488,7 +488,7 @@ mod tests {
         let items: Vec<i32> = [2, 3, 5].into_iter().chain(0..40).chain(0..60).collect();
         for (kernel, n) in ours().flat_map(|kernel| [1, 2, 16, 17, 5000].map(|n| (kernel, n))) {
             for (n_items, users) in [(1_500_000_000, [0; 5]), (300, [0, 1, 1, 2, 1])] {
-                let csr = CsrView::new(&[0, 0, 3, 43, 103], &items, n_items).unwrap();
+                let csr = CsrView::new(OWNED, &[0, 0, 3, 43, 103], &items, n_items).unwrap();
                 let mut found = vec![0; 5 * n];
                 let batch = Batch { law: Law::uniform(n_items), csr, users: &users, n_negatives: n, seed: 7 };
                 batch.draw(kernel, &mut found).unwrap();

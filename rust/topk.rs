@@ -279,7 +279,7 @@ pub fn test_ranks(
         rest = tail;
         Ok((excluded.row(user)?, held_out, ranks))
     });
-    if k == 0 || held_out.nnz() < MANY_HELD_OUT * users.len {
+    if k == 0 || held_out.indices.len() < MANY_HELD_OUT * users.len {
         let states = rows.map(|row: Result<_>| {
             let (excluded, held_out, ranks) = row?;
             let (racing, n_between) = (Vec::new(), Vec::new());
@@ -305,6 +305,7 @@ pub fn test_ranks(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::csr::{HELD_OUT, OWNED};
     use crate::scan::Values;
 
     #[test]
@@ -313,11 +314,11 @@ mod tests {
         let users = Vectors::new(Values::F32(&[1.0]), 1, 1);
         let values: Vec<f32> = (0..200).map(|item| (item % 50) as f32).collect();
         let catalogue = Vectors::new(Values::F32(&values), 1, 200);
-        let excluded = CsrView::new(&[0, 1], &[49], 200).unwrap();
+        let excluded = CsrView::new(OWNED, &[0, 1], &[49], 200).unwrap();
         let (mut items, mut scores) = ([0; 5], [0.0; 5]);
         topk(&users, &catalogue, excluded, 5, (&mut items, &mut scores)).unwrap();
         assert_eq!(items, [99, 149, 199, 48, 98]);
-        let held_out = CsrView::held_out(&[0, 4], &[48, 49, 149, 198], 200).unwrap();
+        let held_out = CsrView::new(HELD_OUT, &[0, 4], &[48, 49, 149, 198], 200).unwrap();
         let mut ranks = [9; 4];
         test_ranks(&users, &catalogue, excluded, held_out, 5, &mut ranks).unwrap();
         assert_eq!(ranks, [4, 0, 2, 0]);
