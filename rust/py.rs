@@ -488,7 +488,7 @@ fn user_metrics<'py>(
 /// Names of the kernels this processor can run, widest first: "avx512", "avx2", "neon", "plain".
 #[pyfunction]
 fn kernels() -> Vec<&'static str> {
-    simd::available()
+    simd::available().map(|kernel| kernel.name).collect()
 }
 
 /// Make all later calls use one of `kernels()`; for tests and benches. ValueError for any other name.

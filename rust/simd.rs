@@ -378,29 +378,23 @@ static KERNELS: &[Kernel] = &[
     kernel!("plain", Plain, 4 x 2, true),
 ];
 
-/// The kernel in use, as one more than its place in `KERNELS`; 0 before the first question.
+/// The place of the kernel in use among [`available`]'s.
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
+
+/// The kernels this processor can run, widest first.
+pub fn available() -> impl Iterator<Item = &'static Kernel> {
+    KERNELS.iter().filter(|kernel| (kernel.available)())
+}
 
 /// The widest kernel of this processor, or the one that was asked for.
 pub fn kernel() -> &'static Kernel {
-    let known = IN_USE.load(Ordering::Relaxed);
-    if known > 0 {
-        return &KERNELS[known - 1];
-    }
-    let widest = KERNELS.iter().position(|kernel| (kernel.available)()).unwrap_or(KERNELS.len() - 1);
-    IN_USE.store(widest + 1, Ordering::Relaxed);
-    &KERNELS[widest]
-}
-
-/// Names of the kernels this processor can run, widest first.
-pub fn available() -> Vec<&'static str> {
-    KERNELS.iter().filter(|kernel| (kernel.available)()).map(|kernel| kernel.name).collect()
+    available().nth(IN_USE.load(Ordering::Relaxed)).unwrap_or(&KERNELS[KERNELS.len() - 1])
 }
 
 /// Makes all later calls use one kernel; false if this processor cannot. For tests and benches.
 pub fn choose(name: &str) -> bool {
-    let found = KERNELS.iter().position(|kernel| kernel.name == name && (kernel.available)());
-    found.inspect(|&at| IN_USE.store(at + 1, Ordering::Relaxed)).is_some()
+    let found = available().position(|kernel| kernel.name == name);
+    found.inspect(|&at| IN_USE.store(at, Ordering::Relaxed)).is_some()
 }
 
 /// Starts to bring `slice[at]` into the cache; nothing happens beyond its end.
@@ -454,13 +448,9 @@ mod tests {
         (0..n as u64).map(|at| (Stream::new(seed, 0).word(at, 0) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
     }
 
-    fn ours() -> impl Iterator<Item = &'static Kernel> {
-        KERNELS.iter().filter(|kernel| (kernel.available)())
-    }
-
     #[test]
     fn every_score_of_a_tile_is_its_dot_product_and_hits_are_those_at_least_the_threshold() {
-        for kernel in ours() {
+        for kernel in available() {
             for dim in [0, 1, 5, 33] {
                 let (rows, cols) = (kernel.rows, kernel.cols);
                 assert!(rows <= MAX_ROWS && rows * cols <= MAX_TILE && cols <= 64);
@@ -486,7 +476,7 @@ mod tests {
         // Nearly a third of the words are surplus for 1.5 billion items. Rows of 0, 3 and 40 items, and
         // enough after them that the first two are compared in one window.
         let items: Vec<i32> = [2, 3, 5].into_iter().chain(0..40).chain(0..60).collect();
-        for (kernel, n) in ours().flat_map(|kernel| [1, 2, 16, 17, 5000].map(|n| (kernel, n))) {
+        for (kernel, n) in available().flat_map(|kernel| [1, 2, 16, 17, 5000].map(|n| (kernel, n))) {
             for (n_items, users) in [(1_500_000_000, [0; 5]), (300, [0, 1, 1, 2, 1])] {
                 let csr = CsrView::new(OWNED, &[0, 0, 3, 43, 103], &items, n_items).unwrap();
                 let mut found = vec![0; 5 * n];
@@ -504,7 +494,7 @@ mod tests {
 
     #[test]
     fn the_kernel_can_be_chosen_and_prefetching_knows_the_end() {
-        assert!(!choose("abacus") && available().contains(&"plain"));
+        assert!(!choose("abacus") && available().any(|kernel| kernel.name == "plain"));
         prefetch(&[1, 2, 3], 3);
     }
 }
