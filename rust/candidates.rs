@@ -31,7 +31,7 @@ struct Popularity<'a> {
 
 impl<'a> Law<'a> {
     pub fn uniform(n_items: usize) -> Self {
-        Self { n_columns: n_items as u32, longest: n_items.saturating_sub(1) / 4, popularity: None }
+        Self { n_columns: n_items as u32, longest: n_items / 4, popularity: None }
     }
 
     /// Probability proportional to `weights` among the free items.
@@ -199,11 +199,8 @@ impl Batch<'_> {
             if n_free == 0 {
                 return Err(nothing_free);
             }
-            let is_dense = owned.len() * 4 > n_items;
-            if is_dense {
-                self.draw_all(first_row, out, |word| below(word, n_free as u32).map(|rank| free_item(owned, rank)));
-            }
-            return Ok(is_dense);
+            self.draw_all(first_row, out, |word| below(word, n_free as u32).map(|rank| free_item(owned, rank)));
+            return Ok(true);
         };
         // By the cumulative weights of the free items, for users who own most of the mass: there the
         // table would be asked again and again.
