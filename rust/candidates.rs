@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::csr::{CsrView, check_users, refuse};
+use crate::csr::{CsrView, refuse};
 use crate::error::{Error, Result};
 use crate::random::{Stream, below};
 use crate::simd::{Kernel, Steps};
@@ -77,8 +77,8 @@ impl<'a> Law<'a> {
 pub fn filter_candidates(
     csr: CsrView, users: &[i32], candidates: &[i32], out: &mut [i32], kept: &mut [i32],
 ) -> Result<()> {
-    check_users(users, csr.n_rows())?;
-    refuse("candidates", candidates, i32::MAX as usize, |item| item < -1)?;
+    refuse("users", users, 0, csr.n_rows())?;
+    refuse("candidates", candidates, -1, i32::MAX as usize)?;
     let width = candidates.len() / users.len().max(1);
     out.fill(-1);
     for (row, &user) in users.iter().enumerate() {
@@ -102,7 +102,7 @@ pub struct Batch<'a> {
 impl Batch<'_> {
     /// Fills `out`, `n_negatives` per entry of `users`, with replacement from the items the user does not own.
     pub fn draw(&self, kernel: &Kernel, out: &mut [i32]) -> Result<()> {
-        check_users(self.users, self.csr.n_rows())?;
+        refuse("users", self.users, 0, self.csr.n_rows())?;
         if out.is_empty() {
             return Ok(());
         }

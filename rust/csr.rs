@@ -107,13 +107,9 @@ impl<'a> CsrView<'a> {
     }
 }
 
-/// The user numbers of a batch as row numbers.
-pub fn check_users(users: &[i32], n_rows: usize) -> Result<()> {
-    refuse("users", users, n_rows, |user| user < 0 || user as usize >= n_rows)
-}
-
-/// The error of a number outside `0..bound`, if there is a wrong one.
-pub fn refuse(name: &'static str, numbers: &[i32], bound: usize, is_wrong: impl Fn(i32) -> bool) -> Result<()> {
+/// The error of a number outside `least..bound`, if there is a wrong one.
+pub fn refuse(name: &'static str, numbers: &[i32], least: i32, bound: usize) -> Result<()> {
+    let is_wrong = |number: i32| number < least || i64::from(number) >= bound as i64;
     // Without a way out on the first fault the comparison is made in vectors.
     if !numbers.iter().fold(false, |wrong, &number| wrong | is_wrong(number)) {
         return Ok(());

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use rayon::prelude::*;
 
-use crate::csr::{CsrView, check_users};
+use crate::csr::{CsrView, refuse};
 use crate::error::Result;
 use crate::scan::Vectors;
 use crate::threads;
@@ -17,7 +17,7 @@ pub fn match_items(
     queries: Vectors, catalogue: Vectors, users: &[i32], excluded: CsrView, k: usize, band: RangeInclusive<f32>,
     out: (&mut [i32], &mut [f32]),
 ) -> Result<()> {
-    check_users(users, excluded.n_rows())?;
+    refuse("users", users, 0, excluded.n_rows())?;
     let (query_norms, item_norms) = (queries.lengths("queries")?, catalogue.lengths("items")?);
     let queries = Vectors { norms: Some(&query_norms), ..queries };
     let catalogue = Vectors { norms: Some(&item_norms), ..catalogue };
@@ -39,7 +39,7 @@ pub fn match_titles(
     titles: &[String], catalogue: &[String], users: &[i32], excluded: CsrView, k: usize, min_similarity: f32,
     (items, scores): (&mut [i32], &mut [f32]),
 ) -> Result<()> {
-    check_users(users, excluded.n_rows())?;
+    refuse("users", users, 0, excluded.n_rows())?;
     let grams: Vec<Vec<[char; 3]>> = catalogue.par_iter().map(|title| trigrams(title)).collect();
     let mut postings: HashMap<[char; 3], Vec<i32>> = HashMap::new();
     for (item, grams) in grams.iter().enumerate() {

@@ -32,7 +32,7 @@ pub fn user_metrics(ranks: CsrView, ks: &[i64], out: &mut [f64]) -> Result<()> {
     if let Some(position) = ks.iter().position(|&k| k < 1) {
         return Err(Error::Argument { name: "ks", found: ks[position].to_string(), expected: "1 or more" });
     }
-    refuse("ranks", ranks, i32::MAX as usize, |rank| rank < 0)?;
+    refuse("ranks", ranks, 0, i32::MAX as usize)?;
     let (n_users, plane) = (spans.len(), ks.len() * spans.len());
     // Of `n` held-out items in the first places, by `n`: the same sums for every user.
     let longest = spans.iter().map(|span| span.len()).max().unwrap_or(0);
