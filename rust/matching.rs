@@ -52,14 +52,11 @@ pub fn match_titles(
             let own = trigrams(&titles[query]);
             let lists = || own.iter().filter_map(|gram| postings.get(gram)).flatten();
             lists().for_each(|&item| common[item as usize] += 1);
-            let mut touched: Vec<i32> = lists().copied().collect();
-            touched.sort_unstable();
-            touched.dedup();
             let excluded = excluded.row(users[query] as usize)?;
             let mut best = Best::new(min_similarity, k);
-            for item in touched {
-                let shared = std::mem::take(&mut common[item as usize]);
-                if excluded.binary_search(&item).is_err() {
+            for &item in lists() {
+                let shared = std::mem::take(&mut common[item as usize]); // 0 when the item comes again
+                if shared > 0 && excluded.binary_search(&item).is_err() {
                     best.offer(item, (2 * shared) as f32 / (own.len() + grams[item as usize].len()) as f32);
                 }
             }
