@@ -15,7 +15,7 @@ type Pools = HashMap<(u32, usize), Arc<ThreadPool>>;
 static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
 
 /// Runs `job` on `n_threads` threads; 0 means one per core.
-pub fn run<T: Send>(n_threads: usize, job: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub fn run(n_threads: usize, job: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     pool(n_threads)?.install(job)
 }
 
