@@ -212,10 +212,7 @@ fn sample_uniform<'py>(
     out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
     let csr = csr(OWNED, &indptr, &indices, n_items)?;
-    let users = users.slice("users")?;
-    draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
-        Batch { law: Law::uniform(n_items), csr, users, n_negatives, seed }.draw(simd::kernel(), out)
-    })
+    draw(py, csr, users.slice("users")?, n_negatives, seed, n_threads, out, || Ok(Law::uniform(n_items)))
 }
 
 /// Draw negatives by popularity, with replacement, from the items a user does not own.
@@ -237,21 +234,22 @@ fn sample_popularity<'py>(
     #[pyo3(from_py_with = named::n_negatives)] n_negatives: usize, #[pyo3(from_py_with = named::seed)] seed: u64,
     #[pyo3(from_py_with = named::n_threads)] n_threads: usize, out: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
-    let (weights, users) = (weights.slice("weights")?, users.slice("users")?);
+    let weights = weights.slice("weights")?;
     let csr = csr(OWNED, &indptr, &indices, weights.len())?;
-    draw_into(py, (users.len(), n_negatives), n_threads, out, |out| {
-        Batch { law: Law::popularity(weights)?, csr, users, n_negatives, seed }.draw(simd::kernel(), out)
-    })
+    draw(py, csr, users.slice("users")?, n_negatives, seed, n_threads, out, || Law::popularity(weights))
 }
 
-/// Runs `fill` without the interpreter lock on `out` or on a fresh array.
-fn draw_into<'py>(
-    py: Python<'py>, (rows, n): (usize, usize), n_threads: usize, out: Option<Bound<'py, PyAny>>,
-    fill: impl FnOnce(&mut [i32]) -> Result<()> + Send,
+/// Draws without the interpreter lock, into `out` or into a fresh array.
+fn draw<'py, 'a>(
+    py: Python<'py>, csr: CsrView<'a>, users: &'a [i32], n_negatives: usize, seed: u64, n_threads: usize,
+    out: Option<Bound<'py, PyAny>>, law: impl FnOnce() -> Result<Law<'a>> + Send,
 ) -> PyResult<Bound<'py, PyArray2<i32>>> {
+    let batch = || Ok(Batch { law: law()?, csr, users, n_negatives, seed });
+    let fill = |out: &mut [i32]| py.detach(|| threads::run(n_threads, || batch()?.draw(simd::kernel(), out)));
+    let (rows, n) = (users.len(), n_negatives);
     let Some(out) = out else {
         let mut fresh = vec![0; checked_size(rows, n)?];
-        py.detach(|| threads::run(n_threads, || fill(&mut fresh)))?;
+        fill(&mut fresh)?;
         return shaped(py, fresh, Ix2(rows, n));
     };
     let expected = "expected a writable C-contiguous 2-dimensional int32 array that no other argument shares";
@@ -262,7 +260,7 @@ fn draw_into<'py>(
         return Err(PyValueError::new_err(format!("out has shape {:?}, expected [{rows}, {n}]", target.shape())));
     }
     let slice = target.as_slice_mut()?;
-    py.detach(|| threads::run(n_threads, || fill(slice)))?;
+    fill(slice)?;
     drop(target);
     Ok(out.cast_into()?)
 }
