@@ -1,7 +1,7 @@
 //! Borrowed CSR matrix. The frame is checked when it is made, a row when it is read: a batch of
 //! a thousand users pays for a thousand rows and not for the whole log.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect};
 use crate::simd::{self, Steps};
 
 #[derive(Clone, Copy)]
@@ -43,10 +43,7 @@ impl<'a> CsrView<'a> {
 
     /// The matrix has to have one row per user of the other arguments.
     pub fn expect_rows(&self, expected: usize) -> Result<()> {
-        if self.n_rows() == expected {
-            return Ok(());
-        }
-        Err(Error::Length { name: self.names.0, expected: expected + 1, found: self.indptr.len() })
+        expect(self.names.0, self.indptr.len(), expected + 1)
     }
 
     /// Where row `row` lies in `indices`.

@@ -4,6 +4,11 @@ use std::fmt;
 
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// The error of a wrong length.
+pub fn expect(name: &'static str, found: usize, expected: usize) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(Error::Length { name, expected, found }) }
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub enum Error {
     /// An array whose length does not follow from the other arguments.

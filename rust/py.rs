@@ -14,7 +14,7 @@ use pyo3::prelude::*;
 
 use crate::candidates::{Batch, Law};
 use crate::csr::{CsrView, HELD_OUT, Names, OWNED};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect};
 use crate::scan::{Values, Vectors};
 use crate::{candidates, matching, metrics, simd, threads, topk};
 
@@ -178,10 +178,6 @@ fn checked_size(rows: usize, k: usize) -> Result<usize> {
 fn shaped<T: Element, D: Dimension>(py: Python<'_>, values: Vec<T>, shape: D) -> PyResult<Bound<'_, PyArray<T, D>>> {
     let array = Array::from_shape_vec(shape, values).map_err(|error| PyValueError::new_err(error.to_string()))?;
     Ok(array.into_pyarray(py))
-}
-
-fn expect(name: &'static str, found: usize, expected: usize) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(Error::Length { name, expected, found }) }
 }
 
 /// Draw negatives uniformly, with replacement, from the items a user does not own.
