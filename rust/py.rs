@@ -335,9 +335,7 @@ fn match_items<'py>(
 /// Parameters
 ///     titles          list of N str
 ///     catalogue       list of I str
-///     users           int32 [N], whose items are left out for each title
-///     indptr          int64 [U+1], indices  int32 [nnz]: the users' own items, ascending and unique in a row
-///     k               length of the lists
+///     users, indptr, indices, k  as in `match_items`
 ///     min_similarity  smallest likeness that counts, 0 to 1; titles that share nothing never match
 /// Returns, Raises
 ///     as `match_items`
