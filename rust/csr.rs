@@ -106,11 +106,11 @@ impl<'a> CsrView<'a> {
 
 /// The error of a number outside `least..bound`, if there is a wrong one.
 pub fn refuse(name: &'static str, numbers: &[i32], least: i32, bound: usize) -> Result<()> {
-    let is_wrong = |number: i32| number < least || i64::from(number) >= bound as i64;
+    let allowed = least..=(bound as i64 - 1).min(i32::MAX.into()) as i32;
     // Without a way out on the first fault the comparison is made in vectors.
-    if !numbers.iter().fold(false, |wrong, &number| wrong | is_wrong(number)) {
+    if numbers.iter().fold(true, |fine, number| fine & allowed.contains(number)) {
         return Ok(());
     }
-    let position = numbers.iter().position(|&number| is_wrong(number)).unwrap_or(0);
+    let position = numbers.iter().position(|number| !allowed.contains(number)).unwrap_or(0);
     Err(Error::Index { name, position, found: numbers[position] as i64, bound })
 }
