@@ -3,17 +3,17 @@
 python bench/bench_prep.py 1 3 10      # million lines: makes a file, prepares it, prints a row; 0.5 GB a million
 pytest bench/bench_prep.py             # k-core: ours, a pandas loop, RecBole's filter (pip install pandas recbole)
 
-Measured on two cores (rating >= 4, 10-core, 70/10/20 by user), Python 3.11, Polars 2.1, NumPy 2.4; in brackets with
-other jobs on both cores:
+Measured on two cores of an AMD EPYC (rating >= 4, 10-core, 70/10/20 by user), Python 3.11, Polars 2.1, NumPy 2.4; in
+brackets on a Xeon, before numbers were closed up by counting, and there with other jobs on both cores:
 
 | lines | GB | seconds | peak MB | pairs |
 |---|---|---|---|---|
-| 1M | 0.52 | 4.2 (7.0) | 304 | 638,658 |
-| 3M | 1.57 | 13.4 (31.5) | 424 | 1,927,015 |
-| 10M | 5.22 | 48.9 (119.8) | 1136 | 6,420,658 |
+| 1M | 0.52 | 3.2 (4.2, 7.0) | 307 (304) | 638,658 |
+| 3M | 1.57 | 9.7 (13.4, 31.5) | 382 (424) | 1,927,015 |
+| 10M | 5.22 | 34.3 (48.9, 119.8) | 840 (1136) | 6,420,658 |
 
-Parquet of 100M rows with whole-number ids (rating >= 4, 10-core): 5.6 GB at the peak, 238 CPU seconds. 10-core of
-2,992,668 pairs: ours 0.21 s, pandas loop 0.25 s, RecBole 1.55 s; of 295,726 pairs: 14, 28 and 129 ms.
+Parquet of 100M rows with whole-number ids (rating >= 4, 10-core): 4.7 GB at the peak, 117 CPU seconds (5.6, 238).
+10-core on the Xeon of 2,992,668 pairs: ours 0.21 s, pandas loop 0.25 s, RecBole 1.55 s; of 295,726: 14, 28 and 129 ms.
 """
 
 import logging
