@@ -1,6 +1,9 @@
 """The training loop: against a plain loop in dense torch, and what it promises about epochs, seeds and checkpoints."""
 
+import ctypes
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -237,6 +240,31 @@ def test_products_as_large_as_those_of_text_vectors_do_not_depend_on_the_threads
         found.append(torch.cat([p.detach().flatten() for p in kar.parameters()]))
     torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+FRESH_PAGES = """
+import resource, torch
+from hnlm_ref.training import kept_memory
+
+def fresh_pages():  # of ten tables of 40 MB, one after the other
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(10 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(fresh_pages())
+with kept_memory():
+    fresh_pages()  # which come to lie in the heap
+    print(fresh_pages())
+"""
+
+
+def test_freed_memory_is_used_again_while_a_model_trains():
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("the C library is not glibc")
+    told = subprocess.run([sys.executable, "-c", FRESH_PAGES], capture_output=True, text=True, check=True, cwd=ROOT)
+    given_back, kept = map(int, told.stdout.split())
+    assert 3 * kept < given_back
 
 
 def test_without_validation_pairs_the_last_epoch_is_kept():
