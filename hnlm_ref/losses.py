@@ -115,11 +115,11 @@ class _CountedSquares(torch.autograd.Function):
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float, own: Tensor | None = None) -> Tensor:
-    """-log softmax of cos(a_r, b_own) / tau among all cos(a_r, b_r'), mean over rows; [B, d] (XSimGCL, RLMRec).
+    """-log softmax of cos(a_r, b_own) / tau among all cos(a_r, b_r'), mean over rows of a (XSimGCL, RLMRec).
 
-    own  int64 [B], the row of b that belongs to each of a; not given: the r-th
+    a, b  [B, d], or b [I, d] with `own` int64 [B]: the row of b that belongs to each of a; not given: the r-th
     """
-    logits = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature  # [B, B]
+    logits = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature  # [B, B] or [B, I]
     return functional.cross_entropy(logits, torch.arange(len(a), device=a.device) if own is None else own)
 
 

@@ -46,19 +46,20 @@ def kept_memory() -> Iterator[None]:
     glibc gives blocks above 32 MB back to the system when they are freed. A step makes several tables of all users and
     items, and from some 130,000 of them asking for fresh pages takes longer than the arithmetic.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
     trim, mmap_threshold, mmap_max = -1, -3, -4  # names of malloc.h
-    if set_option:
-        set_option(mmap_max, 0)
-        set_option(trim, 2**31 - 1)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim, 2**31 - 1)
     try:
         yield
-    finally:
-        if set_option:  # to where glibc's own adjustment ends, which any setting switches off
-            set_option(mmap_max, 1 << 16)
-            set_option(mmap_threshold, 1 << 25)
-            set_option(trim, 1 << 26)
-            ctypes.CDLL(None).malloc_trim(0)
+    finally:  # to where glibc's own adjustment ends, which any setting switches off
+        libc.mallopt(mmap_max, 1 << 16)
+        libc.mallopt(mmap_threshold, 1 << 25)
+        libc.mallopt(trim, 1 << 26)
+        libc.malloc_trim(0)
 
 
 @kept_memory()
@@ -113,8 +114,8 @@ def fit(
         drawn = torch.from_numpy(draw(users, epoch_seed(seed, epoch))).to(device).index_select(0, order)
         columns = order, all_users.index_select(0, order), all_items.index_select(0, order), drawn
         losses_seen, sums = 0, dict[str, Tensor | float]()
-        for rows, who, what, candidates in zip(*(column.split(batch_size) for column in columns), strict=True):
-            batch = Batch(epoch, rows, who, what, candidates.long())
+        for rows, some_users, items, candidates in zip(*(c.split(batch_size) for c in columns), strict=True):
+            batch = Batch(epoch, rows, some_users, items, candidates.long())
             loss, terms = batch_loss(batch, encoder.layers())
             losses_seen += 1
             if not math.isfinite(number := loss.item()):

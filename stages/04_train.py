@@ -151,7 +151,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         scale = generated.mean, generated.deviation  # of h, float32 [d_llm]
         model["adapter"] = recommender.SemanticAdapter(*scale, cfg.dim, cfg.adapter_hidden, cfg.adapter)
     model.to(run.device)
-    own_loss = "extra_loss" in vars(type(encoder))
+    own_loss = type(encoder).extra_loss is not recommender.Encoder.extra_loss
     if losses.products_vary() and (mixes or own_loss or cfg.enhancer != "none"):
         torch.set_num_threads(1)  # dense products, which would depend on the number of threads
 
