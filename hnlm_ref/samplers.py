@@ -75,11 +75,15 @@ def trainable_pairs(train: Csr) -> np.ndarray:
 
 
 @torch.no_grad()
-def percentile(user_emb: Tensor, neg_emb: Tensor, item_emb: Tensor, n_rows: int = 64) -> Tensor:
-    """Share of the catalogue scored below a row's first negative, mean of the first `n_rows` rows: 1 is hardest."""
+def percentile(user_emb: Tensor, neg_emb: Tensor, item_emb: Tensor, n_rows: int = 16) -> Tensor:
+    """Share of the catalogue scored below a row's first negative, mean of the first `n_rows` rows: 1 is hardest.
+
+    Choice: 16 of a batch, which are a few hundred an epoch; of 64 it was a third of MF's step at 60,000 items.
+    """
+    users, negatives = user_emb[:n_rows], neg_emb[:n_rows, 0]
     with losses.one_thread() if losses.products_vary() else contextlib.nullcontext():
-        scores = user_emb[:n_rows] @ item_emb.T  # [64, I]
-    return (scores < (user_emb * neg_emb[:, 0]).sum(-1)[:n_rows, None]).float().mean()
+        scores = users @ item_emb.T  # [16, I]
+    return (scores < (users * negatives).sum(-1, keepdim=True)).float().mean()
 
 
 # ---- the samplers -----------------------------------------------------------------------------------------------
