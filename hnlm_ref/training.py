@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -46,8 +47,8 @@ def kept_memory() -> Iterator[None]:
     glibc gives blocks above 32 MB back to the system when they are freed. A step makes several tables of all users and
     items, and from some 130,000 of them asking for fresh pages takes longer than the arithmetic.
     """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if libc is None or not hasattr(libc, "mallopt"):
         yield
         return
     trim, mmap_threshold, mmap_max = -1, -3, -4  # names of malloc.h
