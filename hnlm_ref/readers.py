@@ -23,7 +23,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import polars as pl
 
 from hnlm_ref.artifacts import no_half_characters
@@ -392,22 +391,11 @@ def _date(text: pl.Expr) -> pl.Expr:
     return pl.coalesce(p.dt.replace_time_zone(None) for p in parsed).dt.timestamp("us") / 1e6
 
 
-def _open_quote(data: bytes, sep: str) -> int | None:
-    """Place of the quote that opens a field and is not closed; None without one. Others stand for themselves."""
-    if b'"' not in data:
-        return None
-    code = np.frombuffer(b"\n" + data + b"\n", np.uint8)
-    quotes = np.flatnonzero(code == ord('"'))
-    before, after = code[quotes[::2] - 1], code[quotes[1::2] + 1]
-    if np.isin(before, list(b'\n"' + sep.encode())).all() and np.isin(after, list(b'\r\n"' + sep.encode())).all():
-        # Every other quote opens a field or is a doubled one's second, and the rest are their fellows.
-        return int(quotes[::2][before != ord('"')][-1] - 1) if len(quotes) % 2 else None
-    field, place = re.compile(rb'(?:^|(?<=[\n%b]))"([^"]*(?:""[^"]*)*"(?!"))?' % re.escape(sep.encode())), 0
-    while found := field.search(data, place):
-        if found[1] is None:
-            return found.start()
-        place = found.end()
-    return None
+def _closed(data: bytes, sep: str) -> int:
+    """Bytes before the quote that opens a field and is not closed. A quote within a field stands for itself."""
+    edge = b"\n" + sep.encode()
+    quoted = rb'(?<![^%b])"[^"]*+(?:""[^"]*+)*+"' % edge
+    return re.match(rb'(?:[^"]++|%b|(?<=[^%b])")*+' % (quoted, edge), data).end()  # type: ignore[union-attr]
 
 
 def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]]:
@@ -435,8 +423,8 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
                 raise UserError(f"{path}: after line {line}: {error}; name another --encoding") from error
             data = data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data
             cut = data.rfind(b"\n") + 1 if chunk else len(data)
-            if chunk and layout.quote and (opened := _open_quote(data[:cut], layout.sep)) is not None:
-                cut = data.rfind(b"\n", 0, opened) + 1  # it would lie inside a quoted field
+            if chunk and layout.quote:  # the last line may end inside a quoted field
+                cut = data.rfind(b"\n", 0, _closed(data[:cut], layout.sep)) + 1
             block, rest = data[:cut], data[cut:]
             first, line = line, line + block.count(b"\n")
             if first == 1 and block and layout.kind == "delimited" and layout.header:
