@@ -12,14 +12,12 @@ import csv
 import gzip
 import itertools
 import json
-import math
 import re
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,20 +271,15 @@ def value_of(text: str) -> Any:
         unreadable = contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
         with unreadable, warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
-            value = parse(text)
-            if re.search(r"\\u[dD]", text):
-                value = json.loads(no_half_characters(json.dumps(value, ensure_ascii=False)))
-            return value
+            return parse(text)
     return None
 
 
 def _text(value: Any) -> str | None:
-    """A value of a record as Polars writes it: numbers in full, whole ones without a fraction."""
+    """A value of a record as Polars tells it: whole numbers without a fraction, lists in JSON."""
     if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{Decimal(repr(value)):f}".removesuffix(".0")
-    return json.dumps(value, ensure_ascii=False)
+        return value and no_half_characters(value)
+    return json.dumps(value, ensure_ascii=False).removesuffix(".0")
 
 
 def _members(text: str) -> str:
@@ -441,8 +434,6 @@ def _parse(data: Any, layout: Layout, columns: list[str]) -> pl.DataFrame:
     if layout.kind == "parquet":
         return data
     if layout.kind == "json":
-        if re.search(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])", data):  # Polars reads a lone half as NUL
-            raise pl.exceptions.ComputeError("half a character")
         return pl.read_ndjson(data, schema=dict.fromkeys(columns, pl.String))
     if b"\0" in data:
         raise pl.exceptions.ComputeError("NUL")
