@@ -156,20 +156,17 @@ def locate(path: Path) -> tuple[Path, *tuple[Path | None, ...]]:
     return next((files for files in known if files[1]), known[0])  # one with item texts, if there is one
 
 
-def _open(path: Path) -> tuple[Any, bool]:
-    """The file's bytes, unpacked, and whether they were packed."""
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The file's bytes, unpacked."""
     if not path.is_file():
-        missing = f"{path}: no such file; stages/DATA.md tells what is read, and where the data of the presets goes"
-        special = f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}; name a file"
-        raise UserError(special if path.exists() else missing)
-    with path.open("rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    return (gzip.open(path, "rb") if gzipped else path.open("rb")), gzipped
-
-
-def _read(file: Any, path: Path, size: int) -> bytes:
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; stages/DATA.md tells what is read, and where the data of the presets goes")
+    with path.open("rb") as packed:
+        gzipped = packed.read(2) == b"\x1f\x8b"
     try:
-        return file.read(size)
+        with gzip.open(path) if gzipped else path.open("rb") as file:
+            yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the gzip file is cut short or damaged ({error}); fetch it again") from error
 
@@ -193,10 +190,9 @@ def sniff(
     if name not in ("auto", *FORMATS):
         raise UserError(f"no format {name!r}; {unknown(name, ('auto', *FORMATS))}")
     kind, wanted_sep, wanted_header, _ = FORMATS.get(name, (None, None, None, None))
-    file, gzipped = _open(path)
-    with file:
-        head = _read(file, path, HEAD)
-        while b"\n" not in head and (more := _read(file, path, HEAD)):
+    with _open(path) as file:
+        head, gzipped = file.read(HEAD), isinstance(file, gzip.GzipFile)
+        while b"\n" not in head and (more := file.read(HEAD)):
             head += more
     if not head.strip():
         raise UserError(f"{path} is empty")
@@ -204,7 +200,6 @@ def sniff(
         raise UserError(f"{path} is a zip archive; unpack it first")
     given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     try:
-        b" ".decode(encoding, "ignore")  # refuses codecs that are no encoding of text, such as hex
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
     except (LookupError, ValueError) as error:
         raise UserError(f"{path}: --encoding {encoding}: {error}; name another, such as latin-1") from error
@@ -259,8 +254,8 @@ def _has_quotes(path: Path, encoding: str) -> bool:
     """Whether a field between tabs stands in quotes, anywhere in the file: pandas quotes only where it must."""
     field = re.compile(r'(^|\t)"[^\t\n]*"(\t|\r?$)', re.M)
     decoder = codecs.getincrementaldecoder(encoding)("replace")
-    with _open(path)[0] as file:
-        texts = map(decoder.decode, iter(lambda: _read(file, path, BLOCK), b""))
+    with _open(path) as file:
+        texts = map(decoder.decode, iter(lambda: file.read(BLOCK), b""))
         return any('"' in text and field.search(text) for text in texts)
 
 
@@ -405,9 +400,9 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
         return
     decoder = None if layout.encoding.lower() in ("utf-8", "utf8") else codecs.getincrementaldecoder(layout.encoding)()
     size = path.stat().st_size >> 20
-    with _open(path)[0] as file, progress(total=size, desc=f"reading {path.name}", unit="MB") as bar:
+    with _open(path) as file, progress(total=size, desc=f"reading {path.name}", unit="MB") as bar:
         while True:
-            chunk = _read(file, path, BLOCK)
+            chunk = file.read(BLOCK)
             bar.update((getattr(file, "fileobj", file).tell() >> 20) - bar.n)  # in the packed file, of a gzip file
             try:
                 data = rest + (decoder.decode(chunk, not chunk).encode() if decoder else chunk)
