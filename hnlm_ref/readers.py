@@ -390,8 +390,7 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
     line, rest, path = 1, b"", layout.path
     if layout.kind == "parquet":
         with _parquet(path) as query:
-            query = query.select(columns.values()).cast({pl.Binary: pl.String, pl.Duration: pl.String})
-            for frame in query.collect_batches(maintain_order=True):
+            for frame in query.select(columns.values()).collect_batches(maintain_order=True):
                 if nested := [name for name, kind in frame.schema.items() if kind.is_nested()]:
                     lists = frame.select(nested).write_ndjson().encode()  # told as the JSON formats tell them
                     frame = frame.with_columns(pl.read_ndjson(lists, schema=dict.fromkeys(nested, pl.String)))
@@ -417,7 +416,7 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
             if first == 1 and block and layout.kind == "delimited" and layout.header:
                 rows = block.lstrip().partition(b"\n")[2]  # blank lines may stand before the header
                 first, block = 1 + block.count(b"\n", 0, len(block) - len(rows)), rows
-            if block.strip():
+            if block := block.rstrip(b"\r\n"):
                 yield first, block
             if not chunk:
                 return
@@ -437,11 +436,8 @@ def _parse(data: Any, layout: Layout, columns: list[str]) -> pl.DataFrame:
     elif len(sep.encode()) > 1:
         data, sep = data.replace(sep.encode(), b"\t"), "\t"
     options: dict[str, Any] = {"separator": "\0" if sep == "\n" else sep, "quote_char": layout.quote}
-    frame = pl.read_csv(data, has_header=False, schema=dict.fromkeys(layout.names, pl.String), **options)
-    frame, n_rows = frame.select(columns).filter(~pl.all_horizontal(pl.all().is_null())), len(frame)
-    if (n_empty := n_rows - len(frame)) and n_empty > sum(not line.strip() for line in data.split(b"\n")[:-1]):
-        raise pl.exceptions.ComputeError("rows of empty fields, not blank lines alone")
-    return frame
+    schema = dict.fromkeys(layout.names, pl.String)
+    return pl.read_csv(data, has_header=False, schema=schema, **options).select(columns)
 
 
 def _walk(data: Any, layout: Layout, columns: list[str], line: int, wrong: list) -> tuple[pl.DataFrame, list[int]]:
