@@ -390,7 +390,7 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
     line, rest, path = 1, b"", layout.path
     if layout.kind == "parquet":
         with _parquet(path) as query:
-            for frame in query.select(columns.values()).collect_batches(maintain_order=True):
+            for frame in query.select(**columns).collect_batches(maintain_order=True):
                 if nested := [name for name, kind in frame.schema.items() if kind.is_nested()]:
                     lists = frame.select(nested).write_ndjson().encode()  # told as the JSON formats tell them
                     frame = frame.with_columns(pl.read_ndjson(lists, schema=dict.fromkeys(nested, pl.String)))
@@ -422,12 +422,12 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
                 return
 
 
-def _parse(data: Any, layout: Layout, columns: list[str]) -> pl.DataFrame:
-    """The wanted columns of a block as text, by Polars. Raises PolarsError where the block needs a closer look."""
+def _parse(data: Any, layout: Layout, columns: dict[str, str]) -> pl.DataFrame:
+    """The roles of a block as text, by Polars. Raises PolarsError where the block needs a closer look."""
     if layout.kind == "parquet":
         return data
     if layout.kind == "json":
-        return pl.read_ndjson(data, schema=dict.fromkeys(columns, pl.String))
+        return pl.read_ndjson(data, schema=dict.fromkeys(columns.values(), pl.String)).select(**columns)
     if b"\0" in data:
         raise pl.exceptions.ComputeError("NUL")
     sep = layout.sep
@@ -437,10 +437,10 @@ def _parse(data: Any, layout: Layout, columns: list[str]) -> pl.DataFrame:
         data, sep = data.replace(sep.encode(), b"\t"), "\t"
     options: dict[str, Any] = {"separator": "\0" if sep == "\n" else sep, "quote_char": layout.quote}
     schema = dict.fromkeys(layout.names, pl.String)
-    return pl.read_csv(data, has_header=False, schema=schema, **options).select(columns)
+    return pl.read_csv(data, has_header=False, schema=schema, **options).select(**columns)
 
 
-def _walk(data: Any, layout: Layout, columns: list[str], line: int, wrong: list) -> tuple[pl.DataFrame, list[int]]:
+def _walk(data: Any, layout: Layout, columns: dict, line: int, wrong: list) -> tuple[pl.DataFrame, list[int]]:
     """The same in Python, record by record: frame and line of each row. What is no record goes to `wrong`."""
     if layout.kind == "parquet":
         return data, list(range(line, line + len(data)))
@@ -466,7 +466,7 @@ def _walk(data: Any, layout: Layout, columns: list[str], line: int, wrong: list)
                 if len(fields) > len(layout.names):
                     raise ValueError(f"{len(fields)} fields where {len(layout.names)} are named")
                 found = dict(zip(layout.names, fields, strict=False))
-            rows.append([_text(found.get(column)) for column in columns])
+            rows.append([_text(found.get(column)) for column in columns.values()])
             lines.append(line + first)
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02X} at place {error.start + 1} is no UTF-8"
@@ -487,17 +487,15 @@ def _parquet(path: Path) -> Iterator[pl.LazyFrame]:
 def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> Iterator[pl.DataFrame]:
     """Frames of the roles, put through `check`, whose column `why` tells bad rows."""
     columns = {role: column for role, column in layout.columns.items() if role in roles}
-    names, renamed = list(columns.values()), {column: role for role, column in columns.items()}
-
     for line, data in _blocks(layout, columns):
         try:
-            frame = check(_parse(data, layout, names).rename(renamed))
+            frame = check(_parse(data, layout, columns))
             if frame["why"].null_count() < len(frame):
                 raise pl.exceptions.ComputeError("bad rows")
         except (pl.exceptions.PolarsError, OSError):  # OSError: Polars takes a block that begins like gzip for gzip
             wrong: list[tuple[int, str]] = []
-            frame, lines = _walk(data, layout, names, line, wrong)
-            frame = check(frame.rename(renamed))
+            frame, lines = _walk(data, layout, columns, line, wrong)
+            frame = check(frame)
             wrong += [(n, why) for n, why in zip(lines, frame["why"], strict=True) if why]
             bad.add(layout.path, sorted(wrong))
         yield frame.filter(pl.col("why").is_null()).drop("why")
@@ -542,19 +540,21 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
         target = [pl.col("item")] if "item" in frame.columns else []
         frame = frame.select("user", item=pl.concat_str(past, *target, separator=PART, ignore_nulls=True))
     whys: list[Any] = []
-    raw_ids = {role: _id(frame, role) for role in ("user", "item")}
-    ids = {role: value.str.strip_chars() for role, value in raw_ids.items()}
-    for role, value in ids.items():
-        if role == "user" or not {"line", "history"} & set(layout.columns):
-            whys.append(pl.when(value.fill_null("") == "").then(pl.lit(f"no {role}")))
-    values: dict[str, pl.Expr] = dict.fromkeys(("rating", "time"), pl.lit(None, pl.Float64))
-    for role in (role for role in ("rating", "time") if role in frame.columns):
+    ids = {role: _id(frame, role) for role in ("user", "item")}
+    values = {role: raw.str.strip_chars() for role, raw in ids.items()}
+    trimmed = pl.any_horizontal(values[role] != raw for role, raw in ids.items())
+    for role in ("user", "item") if not {"line", "history"} & set(layout.columns) else ("user",):
+        whys.append(pl.when(values[role].fill_null("") == "").then(pl.lit(f"no {role}")))
+    for role in ("rating", "time"):
+        if role not in frame.columns:
+            values[role] = pl.lit(None, pl.Float64)
+            continue
         raw = pl.col(role).cast(pl.String).str.strip_chars()
-        wanted = "number" if role == "rating" or layout.unit else "number or date like 2015-01-31"
         value = (raw if frame[role].dtype == pl.String else pl.col(role)).cast(pl.Float64, strict=False)
+        wanted = "number" if role == "rating" or layout.unit else "number or date like 2015-01-31"
         if role == "time" and layout.unit == "date":
-            parsed, wanted = frame["time"].dtype in (pl.Date, pl.Datetime), "date"
-            value = pl.col("time").dt.timestamp("us") / 1e6 if parsed else _date(raw)
+            wanted = "date"
+            value = pl.col("time").dt.timestamp("us") / 1e6 if frame["time"].dtype.is_temporal() else _date(raw)
         whys.append(pl.when(raw.fill_null("") == "").then(pl.lit(f"no {role}")))
         fault = pl.format(f"{role} '{{}}' is no {wanted}", raw.str.slice(0, 80))
         whys.append(pl.when(~value.is_finite().fill_null(False)).then(fault))
@@ -563,9 +563,9 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
             fault = pl.format(f"time {{}} cannot be in {layout.unit} as the first one is (or name --time-unit)", raw)
             whys.append(pl.when(~value.abs().is_between(low, high, "left")).then(fault))
         values[role] = value
-    trimmed = pl.any_horizontal(value != raw_ids[role] for role, value in ids.items())
-    texts = {"text": pl.col("text")} if "text" in frame.columns else {}
-    return frame.select(**ids, **values, **texts, trimmed=trimmed, why=pl.coalesce(whys))
+    if "text" in frame.columns:
+        values["text"] = pl.col("text")
+    return frame.select(**values, trimmed=trimmed, why=pl.coalesce(whys))
 
 
 def item_frames(layout: Layout, bad: Bad) -> Iterator[pl.DataFrame]:

@@ -232,9 +232,7 @@ def test_parquet_with_ids_in_bytes_and_whole_number_ids_and_datetimes(tmp_path):
         frame.with_columns(time=day).write_parquet(tmp_path / "log.parquet")
         layout = readers.sniff(tmp_path / "log.parquet")
         assert pl.concat(readers.frames(layout, readers.Bad()))["time"].to_list() == [1420070400.0] * 3
-    frame.with_columns(time=pl.time(1, 2, 3)).write_parquet(tmp_path / "log.parquet")
-    with pytest.raises(UserError, match=r"line 1: time '01:02:03\S*' is no date"):
-        prepare(tmp_path / "run", tmp_path / "log.parquet", time_unit="date")
+
     frame.with_columns(time=pl.lit(1420070401)).write_parquet(tmp_path / "log.parquet")
     done = prepare(tmp_path / "run", tmp_path / "log.parquet", min_rating=4)
     assert done.pairs() == {("10", "7"), ("9", "7")} and done.user_keys == ["10", "9"]
