@@ -107,7 +107,7 @@ class Layout:
     kind: str
     columns: dict[str, str]  # role -> column
     sep: str = ""
-    quote: str | None = None
+    quote: bool = False  # whether a field may stand in quotes
     header: bool = True
     names: tuple[str, ...] = ()
     encoding: str = "utf-8"
@@ -117,10 +117,10 @@ class Layout:
 
     def __str__(self) -> str:
         sep = {"\t": "tab", " ": "blanks", "\n": "blanks"}.get(self.sep, repr(self.sep))
+        columns = " ".join(f"{role}={column}" for role, column in self.columns.items())
         parts = [self.format, "gzip" * self.gzipped, f"separator {sep}" if self.sep else "", self.encoding]
-        parts += [f"time in {self.unit}" if self.unit else "", " ".join(f"{r}={c}" for r, c in self.columns.items())]
-        parts[-1] = parts[-1].replace("line=1", "user item item ...")
-        return ", ".join(p for p in parts if p)
+        parts += [f"time in {self.unit}" if self.unit else "", columns.replace("line=1", "user item item ...")]
+        return ", ".join(filter(None, parts))
 
 
 @dataclass
@@ -238,8 +238,7 @@ def sniff(
         order = order[: 2 if sep == "|" else None]  # MovieLens u.item: number, title, dates
         columns = [f"{role}={n + 1}" for n, role in enumerate(order[: len(names)])]
     found = _roles(names, columns, roles, path)
-    quoted = format != "recbole" and (sep in (",", ";") or (sep == "\t" and _has_quotes(path, encoding)))
-    quote = '"' if quoted else None
+    quote = format != "recbole" and (sep in (",", ";") or (sep == "\t" and _has_quotes(path, encoding)))
     guessed = time_unit == "auto"
     unit = _unit([str(r.get(found["time"], "")) for r in records], time_unit) if "time" in found else None
     if "history" in found:
@@ -435,9 +434,9 @@ def _parse(data: Any, layout: Layout, columns: dict[str, str]) -> pl.DataFrame:
         data, sep = b"\n".join(b"\t".join(line.split()) for line in data.split(b"\n")), "\t"
     elif len(sep.encode()) > 1:
         data, sep = data.replace(sep.encode(), b"\t"), "\t"
-    options: dict[str, Any] = {"separator": "\0" if sep == "\n" else sep, "quote_char": layout.quote}
-    schema = dict.fromkeys(layout.names, pl.String)
-    return pl.read_csv(data, has_header=False, schema=schema, **options).select(**columns)
+    schema, quote = dict.fromkeys(layout.names, pl.String), '"' if layout.quote else None
+    sep = "\0" if sep == "\n" else sep
+    return pl.read_csv(data, has_header=False, schema=schema, separator=sep, quote_char=quote).select(**columns)
 
 
 def _walk(data: Any, layout: Layout, columns: dict, line: int, wrong: list) -> tuple[pl.DataFrame, list[int]]:
@@ -460,7 +459,7 @@ def _walk(data: Any, layout: Layout, columns: dict, line: int, wrong: list) -> t
                 if not isinstance(found, dict):
                     raise ValueError("it is no JSON object")
             else:
-                reader = _fields(texts, layout.sep, bool(layout.quote), strict=True)
+                reader = _fields(texts, layout.sep, layout.quote, strict=True)
                 fields = next(reader)
                 at = first + getattr(reader, "line_num", 1)
                 if len(fields) > len(layout.names):
@@ -531,9 +530,8 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     """Ids trimmed, numbers and dates parsed; `trimmed`: an id had blanks; `why`: what is wrong with a row, or null."""
     if "line" in frame.columns:  # user item item ...
         line = pl.col("line")
-        items = line.str.replace(r"\S+", "").str.strip_chars().str.replace_all(r"\s+", PART)
-        frame = frame.select(user=line.str.extract(r"(\S+)"), item=items)
-    elif "history" in frame.columns:  # the list (RecBole's "a b", or a Python list), then the target; ratings are its
+        frame = frame.select(user=line.str.extract(r"(\S+)"), history=line.str.replace(r"\S+", ""))
+    if "history" in frame.columns:  # the list (RecBole's "a b", or a Python list), then the target; ratings are its
         # Not in an expression: Python's parser (3.11) fails when it is at work in several threads, as Polars has them.
         told = frame["history"].cast(pl.String).str.strip_chars()
         past = pl.Series([t and (_members(t) if t[0] == "[" else PART.join(t.split())) for t in told], dtype=pl.String)
