@@ -67,7 +67,7 @@ FORMATS = {
     "movielens-1m": Format("delimited", "::", False, ("user", "item", "rating", "time")),  # and 10m
     "movielens": Format("delimited", ",", columns=("userId", "movieId", "rating", "timestamp")),  # 20m and later
     "selfrec": Format("delimited", " ", False, ("user", "item", "rating")),
-    "sequence": Format("delimited", "\n", False, ("line",)),  # user item item ...: LightGCN, S3-Rec
+    "sequence": Format("delimited", "\n", False, ("user", "history")),  # user item item ...: LightGCN, S3-Rec
     "recbole": Format("delimited", "\t"),  # typed header, user_id:token
     "json": Format("json"),
     "csv": Format("delimited"),
@@ -119,7 +119,7 @@ class Layout:
         sep = {"\t": "tab", " ": "blanks", "\n": "blanks"}.get(self.sep, repr(self.sep))
         columns = " ".join(f"{role}={column}" for role, column in self.columns.items())
         parts = [self.format, "gzip" * self.gzipped, f"separator {sep}" if self.sep else "", self.encoding]
-        parts += [f"time in {self.unit}" if self.unit else "", columns.replace("line=1", "user item item ...")]
+        parts += [f"time in {self.unit}" if self.unit else "", "user item item ..." if self.sep == "\n" else columns]
         return ", ".join(filter(None, parts))
 
 
@@ -243,9 +243,9 @@ def sniff(
     unit = _unit([str(r.get(found["time"], "")) for r in records], time_unit) if "time" in found else None
     if "history" in found:
         unit = "order"
-    elif "line" in found:  # lines that are all sorted by item tell no order in time
+    if sep == "\n" and guessed:  # lines that are all sorted by item tell no order in time
         chains = [line.split()[1:] for line in lines]
-        unit = None if all(c in (sorted(c), sorted(c, key=_as_number)) for c in chains) and guessed else "order"
+        unit = None if all(c in (sorted(c), sorted(c, key=_as_number)) for c in chains) else "order"
     return Layout(path, format, kind, found, sep, quote, header, names, encoding, gzipped, unit, guessed)
 
 
@@ -288,6 +288,8 @@ def _fields(lines: Iterable[str], sep: str, quote: bool, strict: bool = False) -
     csv.field_size_limit(1 << 30)  # a text of any length; Python's own limit is 128 KB
     if sep == " ":  # ASCII alone, as `bytes.split` cuts: a no-break space is a part of an id
         return (re.findall(r"\S+", line, re.ASCII) for line in lines)
+    if sep == "\n":
+        return (line.split(None, 1) for line in lines)
     if not quote:
         return (line.rstrip().split(sep) for line in lines)
     return csv.reader(lines, delimiter=sep, strict=strict)
@@ -326,14 +328,14 @@ def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...
     found = _aliases(names, roles)
     for pair in columns:
         role, _, column = pair.partition("=")
-        if role not in (*roles, "line"):
+        if role not in roles:
             raise UserError(f"columns {pair!r}: write role=column; {unknown(role, roles)}")
         if column and column not in names:
             raise UserError(f"{path} has no column {column!r} for {role}; it has {', '.join(names)[:300]}")
         found = {r: c for r, c in found.items() if r != role} | ({role: column} if column else {})
     if twice := [r for r, c in found.items() if list(found.values()).count(c) > 1]:
         raise UserError(f"{path}: {found[twice[0]]!r} stands for {' and '.join(twice)}; drop one, as in {twice[-1]}=")
-    either = {"user": {"user", "line"}, "item": {"item", "line", "history"}}
+    either = {"user": {"user"}, "item": {"item", "history"}}
     lacking = [role for role, any_of in either.items() if role in roles and not any_of & set(found)]
     if lacking:
         other = next((f"--sep {sep!r}, " for sep in SEPARATORS if len(names) == 1 and sep in names[0]), "")
@@ -432,10 +434,11 @@ def _parse(data: Any, layout: Layout, columns: dict[str, str]) -> pl.DataFrame:
     sep = layout.sep
     if sep == " ":
         data, sep = b"\n".join(b"\t".join(line.split()) for line in data.split(b"\n")), "\t"
+    elif sep == "\n":
+        data, sep = re.sub(rb"(?m)^[ \t]*(\S+)[ \t]+", rb"\1\0", data), "\0"
     elif len(sep.encode()) > 1:
         data, sep = data.replace(sep.encode(), b"\t"), "\t"
     schema, quote = dict.fromkeys(layout.names, pl.String), '"' if layout.quote else None
-    sep = "\0" if sep == "\n" else sep
     return pl.read_csv(data, has_header=False, schema=schema, separator=sep, quote_char=quote).select(**columns)
 
 
@@ -507,11 +510,11 @@ def frames(layout: Layout, bad: Bad, text: bool = False) -> Iterator[pl.DataFram
     Raises UserError naming the lines that cannot be read, unless `bad` skips them.
     """
     n_rows = 0
-    roles = {"line", *LOG_ROLES} - (set() if text else {"text"})
+    roles = set(LOG_ROLES) - (set() if text else {"text"})
     for frame in _tables(layout, roles, bad, lambda frame: _check(frame, layout)):
         bad.n_trimmed += int(frame["trimmed"].sum())
         frame = frame.drop("trimmed")
-        if {"history", "line"} & set(layout.columns):
+        if "history" in layout.columns:
             frame = frame.with_columns(pl.col("item").str.split(PART)).explode("item")
             frame = frame.with_columns(pl.col("item").str.strip_chars()).filter(pl.col("item") != "")
             if layout.unit:
@@ -528,9 +531,6 @@ def _id(frame: pl.DataFrame, role: str) -> pl.Expr:
 
 def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     """Ids trimmed, numbers and dates parsed; `trimmed`: an id had blanks; `why`: what is wrong with a row, or null."""
-    if "line" in frame.columns:  # user item item ...
-        line = pl.col("line")
-        frame = frame.select(user=line.str.extract(r"(\S+)"), history=line.str.replace(r"\S+", ""))
     if "history" in frame.columns:  # the list (RecBole's "a b", or a Python list), then the target; ratings are its
         # Not in an expression: Python's parser (3.11) fails when it is at work in several threads, as Polars has them.
         told = frame["history"].cast(pl.String).str.strip_chars()
@@ -541,7 +541,7 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     ids = {role: _id(frame, role) for role in ("user", "item")}
     values = {role: raw.str.strip_chars() for role, raw in ids.items()}
     trimmed = pl.any_horizontal(values[role] != raw for role, raw in ids.items())
-    for role in ("user", "item") if not {"line", "history"} & set(layout.columns) else ("user",):
+    for role in ("user",) if "history" in layout.columns else ("user", "item"):
         whys.append(pl.when(values[role].fill_null("") == "").then(pl.lit(f"no {role}")))
     for role in ("rating", "time"):
         if role not in frame.columns:
