@@ -18,7 +18,7 @@ import polars as pl
 
 from hnlm_ref.artifacts import no_half_characters, resolve_path
 from hnlm_ref.console import UserError
-from hnlm_ref.readers import ITEM_ROLES, Bad, Layout, frames, item_frames, locate, sniff, value_of
+from hnlm_ref.readers import ITEM_ROLES, Bad, Layout, frames, locate, sniff, value_of
 
 PARTS = ("train", "valid", "test")
 PROFILE_CHARS = 300  # of an item's text in its template profile
@@ -317,7 +317,7 @@ def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad,
     """
     found: dict[str, dict] = {}
     n_outside = n_known = 0
-    for frame in item_frames(layout, bad) if layout else ():
+    for frame in frames(layout, bad) if layout else ():
         known = frame.join(pl.DataFrame({"item": keys}), on="item", how="semi", maintain_order="left")
         n_outside, n_known = n_outside + len(frame) - len(known), n_known + len(known)
         for row in known.iter_rows(named=True):

@@ -16,7 +16,7 @@ import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,8 +214,11 @@ def sniff(
     kind = kind or ("json" if lines[0].lstrip().startswith("{") and not sep else "delimited")
     names: tuple[str, ...]
     if kind == "parquet":
-        with _parquet(path) as query:
-            first = query.head(1000).collect()
+        try:
+            first = pl.scan_parquet(path).head(1000).collect()
+        except pl.exceptions.PolarsError as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be read as Parquet ({why}); make it again") from error
         names, records, header, sep, encoding = tuple(first.columns), first.to_dicts(), True, "", "utf-8"
     elif kind == "json":
         records = [record for line in lines if isinstance(record := value_of(line), dict)]
@@ -390,13 +393,12 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
     """(number of the first line, UTF-8 bytes of whole records without mark and header); of Parquet frames."""
     line, rest, path = 1, b"", layout.path
     if layout.kind == "parquet":
-        with _parquet(path) as query:
-            for frame in query.select(**columns).collect_batches(maintain_order=True):
-                if nested := [name for name, kind in frame.schema.items() if kind.is_nested()]:
-                    lists = frame.select(nested).write_ndjson().encode()  # told as the JSON formats tell them
-                    frame = frame.with_columns(pl.read_ndjson(lists, schema=dict.fromkeys(nested, pl.String)))
-                yield line, frame
-                line += len(frame)
+        for frame in pl.scan_parquet(path).select(**columns).collect_batches(maintain_order=True):
+            if nested := [name for name, kind in frame.schema.items() if kind.is_nested()]:
+                lists = frame.select(nested).write_ndjson().encode()  # told as the JSON formats tell them
+                frame = frame.with_columns(pl.read_ndjson(lists, schema=dict.fromkeys(nested, pl.String)))
+            yield line, frame
+            line += len(frame)
         return
     decoder = None if layout.encoding.lower() in ("utf-8", "utf8") else codecs.getincrementaldecoder(layout.encoding)()
     size = path.stat().st_size >> 20
@@ -478,43 +480,30 @@ def _walk(data: Any, layout: Layout, columns: dict, line: int, wrong: list) -> t
     return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row"), lines
 
 
-@contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[pl.LazyFrame]:
-    try:
-        yield pl.scan_parquet(path)
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); make it again") from error
+def frames(layout: Layout, bad: Bad, text: bool = False) -> Iterator[pl.DataFrame]:
+    """Rows of a log: user, item as trimmed text; rating, time float64, null if it has none; text if asked for.
 
-
-def _tables(layout: Layout, roles: Iterable[str], bad: Bad, check: Callable) -> Iterator[pl.DataFrame]:
-    """Frames of the roles, put through `check`, whose column `why` tells bad rows."""
-    columns = {role: column for role, column in layout.columns.items() if role in roles}
+    A time stays in the file's unit (dates become seconds); in a history it is a running number.
+    Of an item file: the columns of ITEM_ROLES it has, as text; lists stand as JSON.
+    Raises UserError naming the lines that cannot be read, unless `bad` skips them.
+    """
+    n_rows = 0
+    columns = {role: column for role, column in layout.columns.items() if text or role != "text"}
     for line, data in _blocks(layout, columns):
         try:
-            frame = check(_parse(data, layout, columns))
+            frame = _check(_parse(data, layout, columns), layout)
             if frame["why"].null_count() < len(frame):
                 raise pl.exceptions.ComputeError("bad rows")
         except (pl.exceptions.PolarsError, OSError):  # OSError: Polars takes a block that begins like gzip for gzip
             wrong: list[tuple[int, str]] = []
             frame, lines = _walk(data, layout, columns, line, wrong)
-            frame = check(frame)
+            frame = _check(frame, layout)
             wrong += [(n, why) for n, why in zip(lines, frame["why"], strict=True) if why]
             bad.add(layout.path, sorted(wrong))
-        yield frame.filter(pl.col("why").is_null()).drop("why")
-
-
-def frames(layout: Layout, bad: Bad, text: bool = False) -> Iterator[pl.DataFrame]:
-    """Rows of a log: user, item as trimmed text; rating, time float64, null if it has none; text if asked for.
-
-    A time stays in the file's unit (dates become seconds); in a history it is a running number.
-    Raises UserError naming the lines that cannot be read, unless `bad` skips them.
-    """
-    n_rows = 0
-    roles = set(LOG_ROLES) - (set() if text else {"text"})
-    for frame in _tables(layout, roles, bad, lambda frame: _check(frame, layout)):
+        frame = frame.filter(pl.col("why").is_null())
         bad.n_trimmed += int(frame["trimmed"].sum())
-        frame = frame.drop("trimmed")
-        if "history" in layout.columns:
+        frame = frame.drop("why", "trimmed")
+        if "history" in columns:
             frame = frame.with_columns(pl.col("item").str.split(PART)).explode("item")
             frame = frame.with_columns(pl.col("item").str.strip_chars()).filter(pl.col("item") != "")
             if layout.unit:
@@ -531,6 +520,9 @@ def _id(frame: pl.DataFrame, role: str) -> pl.Expr:
 
 def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     """Ids trimmed, numbers and dates parsed; `trimmed`: an id had blanks; `why`: what is wrong with a row, or null."""
+    if "user" not in layout.columns:  # an item file
+        item, fine = _id(frame, "item").str.strip_chars(), pl.lit(None, pl.String)
+        return frame.with_columns(item).cast(pl.String).with_columns(trimmed=False, why=fine)
     if "history" in frame.columns:  # the list (RecBole's "a b", or a Python list), then the target; ratings are its
         # Not in an expression: Python's parser (3.11) fails when it is at work in several threads, as Polars has them.
         told = frame["history"].cast(pl.String).str.strip_chars()
@@ -564,13 +556,3 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     if "text" in frame.columns:
         values["text"] = pl.col("text")
     return frame.select(**values, trimmed=trimmed, why=pl.coalesce(whys))
-
-
-def item_frames(layout: Layout, bad: Bad) -> Iterator[pl.DataFrame]:
-    """Rows of an item file: the columns of ITEM_ROLES it has, as text; lists stand as JSON. `item` is trimmed."""
-
-    def check(frame: pl.DataFrame) -> pl.DataFrame:
-        item = _id(frame, "item").str.strip_chars()
-        return frame.with_columns(item).cast(pl.String).with_columns(why=pl.lit(None, pl.String))
-
-    return _tables(layout, ITEM_ROLES, bad, check)

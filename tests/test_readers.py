@@ -258,7 +258,7 @@ def test_a_whole_number_held_as_a_float_is_the_id_of_the_whole_number(tmp_path, 
         assert (found["user"].to_list(), found["item"].to_list()) == (users, ["3", "3"])
     pl.DataFrame({"item": [3.0], "price": [1.5], "categories": [["A"]]}).write_parquet(tmp_path / "items.parquet")
     layout = readers.sniff(tmp_path / "items.parquet", roles=readers.ITEM_ROLES)
-    assert pl.concat(readers.item_frames(layout, readers.Bad())).rows() == [("3", '["A"]')]
+    assert pl.concat(readers.frames(layout, readers.Bad())).rows() == [("3", '["A"]')]
 
 
 @pytest.mark.parametrize(
