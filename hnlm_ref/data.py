@@ -75,21 +75,21 @@ def read_logs(layouts: list[Layout | None], bad: Bad) -> Log:
         if layout and not sizes[-1]:
             first = "".join(f" that can be read, line {row['line']}: {row['why']}" for row in bad.rows[n_bad:][:1])
             raise UserError(f"{layout.path} holds no rows{first}; it was read as {layout}")
-    columns = {name: pl.concat([block[name] for block in blocks]) for name in blocks[0].columns}
+    table = pl.concat(blocks)
     del blocks
-    keys: dict[str, pl.Series] = {}
-    arrays: dict[str, Any] = {"part": np.repeat(np.arange(len(sizes), dtype=np.int8), sizes)}
+    columns: dict[str, Any] = {"part": np.repeat(np.arange(len(sizes), dtype=np.int8), sizes)}
     for role in pools:
-        column = columns.pop(role)
-        distinct = column.unique()
-        codes, names = distinct.to_physical().to_numpy(), distinct.cast(pl.String)
-        order = names.arg_sort().to_numpy()
-        rank = np.empty(codes.max() + 1, np.int32)  # code in the pool -> place in sorted order
-        rank[codes[order]] = np.arange(len(order))
-        keys[role], arrays[role] = names.gather(order), rank[column.to_physical().to_numpy()]
-    for name, column in columns.items():  # what the first file lacks is not looked at in the others
-        arrays[name] = None if column[0] is None else column.to_numpy()
-    return Log(keys["user"], keys["item"], **arrays, unit=next(iter(units.values()), None))
+        codes = table.drop_in_place(role)
+        distinct = codes.unique()
+        keys = distinct.cast(pl.String)
+        rank = np.empty(
+            distinct.to_physical().to_numpy().max() + 1, np.int32
+        )  # code in the pool -> place in sorted order
+        rank[distinct.to_physical()] = keys.rank("ordinal") - 1
+        columns |= {f"{role}s": keys.sort(), role: rank[codes.to_physical()]}
+    for column in table:  # what the first file lacks is not looked at in the others
+        columns[column.name] = None if column[0] is None else column.to_numpy()
+    return Log(**columns, unit=next(iter(units.values()), None))
 
 
 # ---- cleaning ---------------------------------------------------------------------------------------------------
@@ -292,20 +292,17 @@ def clean_text(text: str) -> str:
     return "" if JUNK.search(text) else " ".join(TAG.sub(" ", text).split())
 
 
-def flat_text(value: str | None) -> str:
+def flat_text(value: Any) -> str:
     """A field of an item file as text: a list of texts, also a nested one, becomes its members joined by commas.
 
     It is written in JSON or, in a CSV file by pandas, in Python. "[2012]" is a text: a title may read so.
     """
-
-    def members(value: Any) -> list[str]:
-        if isinstance(value, list):
-            return [m for v in value for m in members(v)]
-        return [] if value is None else [str(value)]
-
-    if value and re.match(r"""\[\s*(['"[\]]|null|None)""", value) and isinstance(found := value_of(value), list):
-        return ", ".join(members(found))
-    return value or ""
+    is_list = isinstance(value, str) and re.match(r"""\[\s*(['"[\]]|null|None)""", value)
+    if is_list and isinstance(found := value_of(value), list):
+        value = found
+    if isinstance(value, list):
+        return ", ".join(flat_text(member) for member in value if member not in (None, []))
+    return "" if value is None else str(value)
 
 
 def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad, counts: dict) -> list[dict]:
@@ -315,18 +312,18 @@ def read_items(layout: Layout | None, keys: pl.Series, max_chars: int, bad: Bad,
     markup, is "" and counted (case A04). Rows of items outside the catalogue are left out and counted.
     Raises UserError for a file whose rows are all outside: ids written otherwise, 7.0 for 7, would leave all untitled.
     """
-    found: dict[str, dict] = {}
-    n_outside = n_known = 0
+    known: list[dict] = []
+    n_rows = 0
     for frame in frames(layout, bad) if layout else ():
-        known = frame.join(pl.DataFrame({"item": keys}), on="item", how="semi", maintain_order="left")
-        n_outside, n_known = n_outside + len(frame) - len(known), n_known + len(known)
-        for row in known.iter_rows(named=True):
-            found.setdefault(row["item"], row)
-    if layout and not found:
-        mine = f"the ids in its column {layout.columns['item']!r} and those of the log, such as {keys[0]!r}, are others"
-        raise UserError(f"{layout.path} tells of no item of the log: {mine}; see --item-columns")
-    counts |= {"items without a row": len(keys) - len(found), "item rows outside the catalogue": n_outside}
-    counts |= {"item rows of an item that has one": n_known - len(found)}
+        n_rows += len(frame)
+        mine = frame.join(pl.DataFrame({"item": keys}), on="item", how="semi", maintain_order="left")
+        known += mine.iter_rows(named=True)
+    if layout and not known:
+        others = f"the ids in its column {layout.columns['item']!r} and those of the log, such as {keys[0]!r}, differ"
+        raise UserError(f"{layout.path} tells of no item of the log: {others}; see --item-columns")
+    found = {row["item"]: row for row in reversed(known)}  # an item's first row counts
+    counts |= {"items without a row": len(keys) - len(found), "item rows outside the catalogue": n_rows - len(known)}
+    counts |= {"item rows of an item that has one": len(known) - len(found)}
     counts |= {"items without title": 0, "titles cleaned": 0, "items without text": 0, "texts cut": 0}
     records = []
     for n, key in enumerate(keys):
