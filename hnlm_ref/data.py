@@ -108,20 +108,19 @@ def moment(text: str, unit: str | None) -> float:
 
 def clean(log: Log, min_rating: float | None, date_from: str | None, date_to: str | None, counts: dict) -> Log:
     """Rows of at least `min_rating`, from `date_from` (included) to `date_to` (excluded) (cases A11, A13)."""
-    if min_rating is not None and log.rating is None:
+
+    def without(rows: Any, name: str) -> Log:
+        counts[name] = int(rows.sum())
+        return log.take(~rows)
+
+    if min_rating is not None and log.rating is not None:
+        log = without(log.rating < min_rating, "below min_rating")
+    elif min_rating is not None:
         counts["below min_rating"] = "not applied, the log has no ratings"
-        min_rating = None
-    for name, what, bound in (
-        ("below min_rating", "rating", min_rating),
-        ("before date_from", "time", date_from),
-        ("not before date_to", "time", date_to),
-    ):
-        if bound is not None:
-            limit = bound if isinstance(bound, float | int) else moment(bound, log.unit)
-            above = getattr(log, what) >= limit
-            counts[name] = len(log)
-            log = log.take(~above if name == "not before date_to" else above)
-            counts[name] -= len(log)
+    if date_from:
+        log = without(log.time < moment(date_from, log.unit), "before date_from")  # type: ignore[operator]
+    if date_to:
+        log = without(log.time >= moment(date_to, log.unit), "not before date_to")  # type: ignore[operator]
     return replace(log, rating=None)  # not needed any more, and large
 
 
@@ -237,8 +236,7 @@ def split(
         test = cut(test_from, test_ratio, n)
         valid = cut(valid_from, valid_ratio, float(np.searchsorted(ordered, test)) if test_from else n - n * test_ratio)
         if valid_from and valid >= test:
-            where = f"test_from {test_from}" if test_from else f"the last {test_ratio:g} of the rows, test_ratio"
-            raise UserError(f"valid_from {valid_from} is not before {where}: validation would be empty")
+            raise UserError(f"valid_from {valid_from} is not before the test begins: validation would be empty")
         return np.where(log.time >= test, 2, np.where(log.time >= valid, 1, 0)).astype(np.int8)
     group = np.zeros(n, np.int32) if how == "ratio-global" else log.user
     sizes = np.bincount(group, minlength=1)

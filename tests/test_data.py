@@ -298,7 +298,7 @@ def test_a_bound_in_time_that_is_not_given_follows_from_its_ratio():
     assert parts(None, None) == "-------vee"
     assert parts(None, "8.0") == "------veee" and parts(None, "8.0", 0.0) == "-------eee"
     assert parts("6.0", None) == "-----vvvee" and parts("6.0", "8.0") == "-----vveee"
-    with pytest.raises(UserError, match=r"valid_from 9\.0 is not before the last 0\.2 of the rows, test_ratio: valida"):
+    with pytest.raises(UserError, match=r"valid_from 9\.0 is not before the test begins: validation"):
         parts("9.0", None)
 
 

@@ -570,8 +570,14 @@ def test_a_no_break_space_is_a_part_of_an_id(tmp_path, bad):
         ({"split": "leave-one", "columns": ("time=",)}, r"--split leave-one needs times"),
         ({"split": "leave-two", "columns": ("time=",)}, r"--split leave-two needs times"),
         ({"split": "time", "columns": ("time=",)}, r"--split time needs times"),
-        ({"split": "time", "valid_from": "2016", "test_from": "2015"}, r"valid_from 2016 is not before test_from 2015"),
-        ({"split": "time", "valid_from": "2016", "test_from": "2016"}, r"valid_from 2016 is not before test_from 2016"),
+        (
+            {"split": "time", "valid_from": "2016", "test_from": "2015"},
+            r"valid_from 2016 is not before the test begins",
+        ),
+        (
+            {"split": "time", "valid_from": "2016", "test_from": "2016"},
+            r"valid_from 2016 is not before the test begins",
+        ),
         ({"item_columns": ("item=",)}, r"no column for item among the 4 found .*; try --item-columns item=NAME$"),
         ({"items": "nowhere.csv"}, r"nowhere.csv: no such file"),
         ({"sep": "\\t"}, r"no column for user and item among the 1 found .*try --sep ','"),
