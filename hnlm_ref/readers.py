@@ -10,7 +10,6 @@ import codecs
 import contextlib
 import csv
 import gzip
-import itertools
 import json
 import re
 import warnings
@@ -225,13 +224,13 @@ def sniff(
         names, header, sep = tuple(dict.fromkeys(key for record in records for key in record)), True, ""
     else:
         sep = sep.replace("\\t", "\t") if sep else wanted_sep or _separator(lines)
-        fields = list(itertools.islice(_fields(lines, sep, sep in QUOTED), 1000))
+        fields = list(_fields(lines[:1000], sep, sep in QUOTED))
         if header is None:  # names are no numbers; a file cut by blanks has a header only if it names the user
             known = roles[0] in _aliases(fields[0], roles)
             plain = sep not in (" ", "\n") and not any(map(_is_number, fields[0]))
             header = (known or plain) if wanted_header is None else wanted_header
-        n_fields = max(map(len, fields))
-        names = tuple(f.strip() for f in fields[0]) if header else tuple(str(n + 1) for n in range(n_fields))
+        places = range(1, 1 + max(map(len, fields)))
+        names = tuple(f.strip() for f in fields[0]) if header else tuple(map(str, places))
         records = [dict(zip(names, row, strict=False)) for row in fields[int(header) :]]
     if twice := [n for n in names if names.count(n) > 1]:
         raise UserError(f"{path}: line 1: the header names column {twice[0]!r} twice; rename one")
@@ -246,9 +245,10 @@ def sniff(
     unit = _unit([str(r.get(found["time"], "")) for r in records], time_unit) if "time" in found else None
     if "history" in found:
         unit = "order"
-    if sep == "\n" and guessed:  # lines that are all sorted by item tell no order in time
+    if sep == "\n" and guessed:  # lines that are all sorted by item, as text or number, tell no order in time
         chains = [line.split()[1:] for line in lines]
-        unit = None if all(c in (sorted(c), sorted(c, key=_as_number)) for c in chains) else "order"
+        in_order = (c in (sorted(c), sorted(c, key=lambda item: (len(item), item))) for c in chains)
+        unit = None if all(in_order) else "order"
     return Layout(path, format, kind, found, sep, quote, header, names, encoding, gzipped, unit, guessed)
 
 
@@ -264,8 +264,7 @@ def _has_quotes(path: Path, encoding: str) -> bool:
 def value_of(text: str) -> Any:
     """What JSON says, or else a Python literal, as in Amazon's 2014 files; None if it is neither."""
     for parse in (json.loads, ast.literal_eval):
-        unreadable = contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
-        with unreadable, warnings.catch_warnings():
+        with contextlib.suppress(ValueError, TypeError, SyntaxError), warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
             return parse(text)
     return None
@@ -317,10 +316,6 @@ def _is_number(text: str) -> bool:
     return bool(re.fullmatch(r"\s*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?\s*", text))
 
 
-def _as_number(text: str) -> tuple[int, str]:
-    return (len(text), text) if text.isdecimal() else (0, text)
-
-
 def _aliases(names: Iterable[str], roles: tuple[str, ...]) -> dict[str, str]:
     plain = {re.sub(r"[\W_]", "", name.partition(":")[0].lower()): name for name in reversed(list(names))}
     return {role: plain[a] for role in roles for a in reversed(ALIASES[role]) if a in plain}
@@ -353,11 +348,10 @@ def _recognise(kind: str, sep: str, header: bool, names: tuple[str, ...], line: 
     if kind == "delimited" and header and all(":" in name for name in names):
         return "recbole"
     for name, f in FORMATS.items():
-        if not f.columns or (f.kind, f.header, f.sep) != (kind, header, sep):
-            continue
-        asin_first = re.match(r"[B\d][\dA-Z]{9},A[\dA-Z]{9,},", line)
-        if set(f.columns) <= set(names) if header else len(names) == len(f.columns) and (sep != "," or asin_first):
-            return name
+        if f.columns and (f.kind, f.header, f.sep) == (kind, header, sep):
+            asin_first = sep != "," or re.match(r"[B\d][\dA-Z]{9},A[\dA-Z]{9,},", line)
+            if set(f.columns) <= set(names) if header else len(names) == len(f.columns) and asin_first:
+                return name
     return kind if kind != "delimited" else "tsv" if sep == "\t" else "csv"
 
 
