@@ -86,8 +86,8 @@ FOLDERS = (
     ("u.data", "u.item"),
     ("ratings.dat", "movies.dat"),
     ("ratings.csv", "movies.csv"),
-    ("*review*.json*", "*business*.json*"),
     ("[!m]*.json*", "meta_*.json*"),
+    ("*review*.json*", "*business*.json*"),
     ("trainset.txt*", "", "", "testset.txt*"),
     ("train.txt*", "", "valid.txt*", "test.txt*"),
 )
@@ -145,14 +145,11 @@ def locate(path: Path) -> tuple[Path, *tuple[Path | None, ...]]:
     """Log, item texts, validation and test part of a folder with the file names of FOLDERS; a file is the log."""
     if not path.is_dir():
         return path, None, None, None
-    known: list[Any] = []
     for patterns in FOLDERS:
-        found = [sorted(path.glob(pattern)) if pattern else [] for pattern in patterns]
-        if len(found[0]) == 1 and (len(patterns) == 2 or found[3]):
-            known.append(tuple(files[0] if files else None for files in [*found, [], []][:4]))
-    if not known:
-        raise UserError(f"{path} is a folder in which no known log is found; name the file")
-    return next((files for files in known if files[1]), known[0])  # one with item texts, if there is one
+        log, *others = (sorted(path.glob(pattern)) if pattern else [] for pattern in patterns)
+        if len(log) == 1 and (len(others) == 1 or others[2]):
+            return log[0], *(files[0] if files else None for files in [*others, [], []][:3])
+    raise UserError(f"{path} is a folder in which no known log is found; name the file")
 
 
 @contextlib.contextmanager
