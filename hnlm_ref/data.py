@@ -81,11 +81,9 @@ def read_logs(layouts: list[Layout | None], bad: Bad) -> Log:
     for role in pools:
         codes = table.drop_in_place(role)
         distinct = codes.unique()
-        keys = distinct.cast(pl.String)
-        rank = np.empty(
-            distinct.to_physical().to_numpy().max() + 1, np.int32
-        )  # code in the pool -> place in sorted order
-        rank[distinct.to_physical()] = keys.rank("ordinal") - 1
+        keys, numbers = distinct.cast(pl.String), distinct.to_physical().to_numpy()
+        rank = np.empty(numbers.max() + 1, np.int32)  # number in the pool -> place in sorted order
+        rank[numbers] = keys.rank("ordinal") - 1
         columns |= {f"{role}s": keys.sort(), role: rank[codes.to_physical()]}
     for column in table:  # what the first file lacks is not looked at in the others
         columns[column.name] = None if column[0] is None else column.to_numpy()
