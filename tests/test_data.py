@@ -619,11 +619,8 @@ def test_the_files_that_go_into_prep_are_named(knobs, names):
         ({"published": (1, 2)}, "published 1,2: three positive numbers are wanted"),
         ({"published": (0, 0, 0)}, "published 0,0,0: three positive numbers are wanted"),
         ({"published": (1, 2, 0)}, "published 1,2,0: three positive numbers are wanted"),
-        ({"endpoint": ""}, "endpoint '' is no address of a server; write one like http://127.0.0.1:8000/v1"),
-        ({"endpoint": "http://host:port/v1"}, "endpoint 'http://host:port/v1' is no address"),
-        ({"endpoint": "http://:8000"}, "endpoint 'http://:8000' is no address"),
-        ({"endpoint": "http://host:0"}, "endpoint 'http://host:0' is no address"),
-        ({"endpoint": "ftp://host/v1"}, "endpoint 'ftp://host/v1' is no address"),
+        ({"endpoint": ""}, "endpoint '' is no address; write one like http://127.0.0.1:8000/v1"),
+        ({"endpoint": "localhost:8000/v1"}, "endpoint 'localhost:8000/v1' is no address"),
     ],
 )
 def test_knobs_that_cannot_be_are_refused_before_anything_runs(knobs, sentence):
