@@ -20,20 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hnlm_ref.artifacts import Prep, Run, digest, file_fingerprint, no_half_characters, resolve_path, save_jsonl
+from hnlm_ref.artifacts import Prep, Run, digest, file_fingerprint, resolve_path, save_jsonl
 from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import knob
 from hnlm_ref.prompts import PROFILE_KEY, Reply, item_profile_prompt, parse_reply, user_profile_prompt
 
 Answers = Iterator[tuple[int, str | Exception]]  # (number of the question, what was said or why not), in any order
 BACK_OFF = 1.0  # seconds before the second try
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST becomes a GET, and the key would go wherever it leads: an error like any other refusal."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -77,14 +70,13 @@ def ask_local(
 def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()) -> Answers:
     """Several requests at once, each retried with back-off; the last error when the server had no answer in the end.
 
-    Ends early when 2 * concurrency questions one after the other were not answered: the server is down. A server that
-    is busy may say how long to wait (Retry-After).
-    A key is read from the environment variable OPENAI_API_KEY. A refused request (4xx) is a UserError: raised, as the
-    next one would be refused too, or given where the question itself may be at fault (too long), and not tried again.
+    A server that is busy may say how long to wait (Retry-After). A refused request (4xx) is not tried again.
+    Ends early when 2 * concurrency questions one after the other were not answered: the server is down. Refusals count
+    only until it has answered another: then the question itself is at fault (too long).
+    A key is read from the environment variable OPENAI_API_KEY.
     """
     url = f"{(cfg.endpoint or '').rstrip('/')}/chat/completions"
     headers, stop = {"Content-Type": "application/json"}, threading.Event()
-    server = urllib.request.build_opener(_NoRedirect)
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
         headers["Authorization"] = f"Bearer {key}"
 
@@ -99,24 +91,16 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
                 break
             told = 0.0
             try:
-                with server.open(request, timeout=cfg.timeout_s) as reply:
-                    content = json.load(reply)["choices"][0]["message"]["content"] or ""
-                if isinstance(content, str):
-                    return content
-                failure = TypeError(f"the content is a {type(content).__name__}, not a text")
+                with urllib.request.urlopen(request, timeout=cfg.timeout_s) as reply:
+                    return json.load(reply)["choices"][0]["message"]["content"] or ""
             except urllib.error.HTTPError as error:
                 failure = error
+                if error.code < 500 and error.code not in (408, 429):
+                    detail = error.read(200).decode(errors="replace").strip()
+                    return UserError(f"{url} refused the request: {error.code} {error.reason} {detail}")
                 with contextlib.suppress(TypeError, ValueError):  # none given, or a date
                     told = min(float(error.headers["Retry-After"]), 3600)  # Choice: no longer than an hour
-                if error.code < 500 and error.code not in (408, 429):
-                    detail = ""
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        detail = error.read(200).decode(errors="replace").strip()
-                    refusal = UserError(f"{url} refused the request: {error.code} {error.reason} {detail}")
-                    if error.code in (400, 413, 422):
-                        return refusal
-                    raise refusal from error
-            except (OSError, ValueError, TypeError, LookupError, RecursionError, http.client.HTTPException) as error:
+            except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException) as error:
                 failure = error  # no connection, time-out, broken answer: worth another try
         return failure
 
@@ -129,7 +113,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
                 yield running[future], said
                 if not isinstance(said, Exception):
                     n_failed, answered = 0, True
-                elif not (answered and isinstance(said, UserError)):  # it has answered others under the same settings
+                elif not (answered and isinstance(said, UserError)):
                     n_failed += 1
                 if n_failed >= 2 * cfg.concurrency:
                     return
@@ -162,15 +146,14 @@ def ask(
     save_jsonl(part, ({"number": number} | vars(reply) for number, reply in replies.items()))
     done = set(replies)
     missing = len(questions) - len(done)
-    with part.open("a", encoding="utf-8", newline="\n") as file:
+    with part.open("a", encoding="utf-8") as file:
         answers = answer(list(enumerate(questions)), done) if missing else ()
         for number, raw in progress(answers, total=missing, desc=path.stem):
             title = titles[number] if titles else None
             failed = isinstance(raw, Exception)
             reply = Reply("failed", None, f"{type(raw).__name__}: {raw}") if failed else parse_reply(raw, key, title)
-            said = {name: text and no_half_characters(text) for name, text in vars(reply).items()}
-            replies[number] = Reply(**said)
-            file.write(json.dumps({"number": number, **said}, ensure_ascii=False) + "\n")
+            replies[number] = reply
+            file.write(json.dumps({"number": number} | vars(reply)) + "\n")
             file.flush()
     n_failed = sum(reply.status == "failed" for reply in replies.values())
     if missing and (len(replies) < len(questions) or n_failed == len(questions)):
