@@ -140,29 +140,26 @@ def ask(
     of      who is asked, and what else the answers depend on beside the questions
     """
     part = path.with_name(f"{path.name}.{digest([of, questions])}.part")
-    whole = part.read_bytes().decode("utf-8", "ignore").split("\n")[:-1] if part.exists() else ()
-    rows = map(json.loads, whole)
-    replies = {r["number"]: Reply(r["status"], r["text"], r["raw"]) for r in rows if r["status"] != "failed"}
-    save_jsonl(part, ({"number": number} | vars(reply) for number, reply in replies.items()))
-    done = set(replies)
-    missing = len(questions) - len(done)
-    with part.open("a", encoding="utf-8") as file:
+    with part.open("a+", encoding="ascii") as file:
+        file.seek(0)
+        lines, newline, _ = file.read().rpartition("\n")
+        file.truncate(len(lines + newline))
+        said, failed = dict(map(json.loads, lines.splitlines())), dict[int, Reply]()
+        done, missing = set(said), len(questions) - len(said)
         answers = answer(list(enumerate(questions)), done) if missing else ()
         for number, raw in progress(answers, total=missing, desc=path.stem):
-            title = titles[number] if titles else None
-            failed = isinstance(raw, Exception)
-            reply = Reply("failed", None, f"{type(raw).__name__}: {raw}") if failed else parse_reply(raw, key, title)
-            replies[number] = reply
-            file.write(json.dumps({"number": number} | vars(reply)) + "\n")
+            if isinstance(raw, Exception):
+                failed[number] = reply = Reply("failed", None, f"{type(raw).__name__}: {raw}")
+                continue
+            said[number] = raw
+            file.write(json.dumps([number, raw]) + "\n")
             file.flush()
-    n_failed = sum(reply.status == "failed" for reply in replies.values())
-    if missing and (len(replies) < len(questions) or n_failed == len(questions)):
-        n_said = missing - (len(questions) - len(replies) + n_failed)
-        what = f"{n_said} of {missing} questions were answered" if n_said else f"no question of {missing} was answered"
-        raise UserError(f"{what} ({reply.raw}); is the server up? Nothing is lost: start again")
-    found = [replies[n] for n in range(len(questions))]
-    save_jsonl(path, (who | vars(reply) for who, reply in zip(about, found, strict=True)))
-    return found
+    if len(said) + len(failed) < len(questions) or (failed and not said):
+        told = f"{len(said) - len(done)} of {missing} questions were answered ({reply.raw})"
+        raise UserError(f"{told}; is the server up? Nothing is lost: start again")
+    replies = [failed.get(n) or parse_reply(said[n], key, titles[n] if titles else None) for n in range(len(questions))]
+    save_jsonl(path, (who | vars(reply) for who, reply in zip(about, replies, strict=True)))
+    return replies
 
 
 def answers_depend_on(cfg: AskConfig, model: str) -> list:
