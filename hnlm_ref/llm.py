@@ -79,15 +79,13 @@ def in_parallel(function: Callable, batches: Iterable, device: str) -> Iterator:
         yield from pool.map(call, batches)
 
 
-def sums_vary(llm: Any, backward: bool = False) -> bool:
-    """Whether the model's sums depend on how many threads share them.
+def sums_vary(llm: Any) -> bool:
+    """Whether the sums of a model's gradients depend on how many threads share them.
 
-    On a CPU those of bfloat16 do, in the backward pass those of eager attention, through its softmax, and all where
-    products in float32 do.
+    On a CPU those of bfloat16 do, those of eager attention, through its softmax, and all where products in float32 do.
     """
-    weight = llm.get_input_embeddings().weight
-    eager = backward and llm.config._attn_implementation == "eager"
-    return weight.device.type == "cpu" and (weight.dtype == torch.bfloat16 or eager or products_vary())
+    eager = llm.config._attn_implementation == "eager"
+    return llm.device.type == "cpu" and (llm.dtype == torch.bfloat16 or eager or products_vary())
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------
@@ -576,7 +574,6 @@ def text_vectors(llm: Any, tokenizer: Any, texts: Sequence[str], batch_size: int
     return found
 
 
-@torch.inference_mode()
 def generate_texts(llm: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
     """Greedy continuation of each prompt; padded on the left, masked by length, not by the pad token's id (D05)."""
     how = {"padding_side": "left", "return_attention_mask": True, "return_tensors": "pt"}
@@ -608,7 +605,7 @@ def gradients(
     differentiated by them, and each thread goes on backwards from there; gradients are added in the users' order.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    apart = sums_vary(model.llm, backward=True) and not sharded()
+    apart = sums_vary(model.llm) and not sharded()
     pieces = cut(users, 2) if apart else [users]
 
     def each(function: Callable) -> list:

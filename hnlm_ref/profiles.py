@@ -50,8 +50,7 @@ def ask_local(
     llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()
 ) -> Answers:
     """Greedy answers in batches of prompts of like length; batches are those of all questions, whichever are `done`."""
-    from hnlm_ref.llm import chat_ids, cut, generate_texts, sums_vary
-    from hnlm_ref.losses import one_thread
+    from hnlm_ref.llm import chat_ids, cut, generate_texts, in_parallel
 
     prompts = [(number, chat_ids(tokenizer, text)) for number, text in questions]
     prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0]))
@@ -59,12 +58,13 @@ def ask_local(
     if longest + cfg.max_new_tokens > room:
         told = f"a question of {longest} tokens and max_new_tokens {cfg.max_new_tokens} are more than the {room} places"
         raise UserError(f"{told} of the model; lower profile_titles, text_chars or review_chars of prep")
-    for some in map(dict, cut(prompts, cfg.ask_batch_size)):
-        if left := [number for number in some if number not in done]:
-            with one_thread() if sums_vary(llm) else contextlib.nullcontext():
-                texts = generate_texts(llm, tokenizer, list(some.values()), cfg.max_new_tokens)
-            said = dict(zip(some, texts, strict=True))
-            yield from ((number, said[number]) for number in left)
+    batches = [some for some in cut(prompts, cfg.ask_batch_size) if any(number not in done for number, _ in some)]
+
+    def write(some: list[tuple[int, list[int]]]) -> list[str]:
+        return generate_texts(llm, tokenizer, [ids for _, ids in some], cfg.max_new_tokens)
+
+    for some, texts in zip(batches, in_parallel(write, batches, llm.device.type), strict=True):
+        yield from ((number, text) for (number, _), text in zip(some, texts, strict=True) if number not in done)
 
 
 def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()) -> Answers:

@@ -330,7 +330,7 @@ def gradients_of(model: llm.NegativeModel, seed: int = 0) -> tuple[dict, dict[st
 def test_gradients_are_those_of_one_backward_pass_over_all_pairs(monkeypatch, apart):
     model = negative_model()
     tune(model, 1)  # lora_B leaves zero, so that lora_A gets a gradient
-    monkeypatch.setattr(llm, "sums_vary", lambda llm, backward: apart)
+    monkeypatch.setattr(llm, "sums_vary", lambda llm: apart)
     figures, found = gradients_of(model)
     _, tokenizer = llm.tiny_model()
     queries = llm.make_queries(tokenizer, *users_and_items(), 160, 64)
@@ -369,7 +369,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads(tmp_path, attention):
 
 @pytest.mark.parametrize(("dropout", "apart"), [(0.0, False), (0.5, False), (0.5, True)])
 def test_recomputing_activations_changes_no_gradient_and_reaches_every_layer(monkeypatch, dropout, apart):
-    monkeypatch.setattr(llm, "sums_vary", lambda llm, backward: apart)
+    monkeypatch.setattr(llm, "sums_vary", lambda llm: apart)
     gradients = []
     for recompute in (False, True):
         model = negative_model(dropout=dropout)
@@ -410,7 +410,7 @@ def test_lora_alone_drops_out_and_each_of_its_layers_by_itself(tmp_path):
 
 def test_pieces_of_a_micro_batch_and_its_seeds_drop_out_each_by_itself(monkeypatch):
     """Four users with the same prompt, two to a thread."""
-    monkeypatch.setattr(llm, "sums_vary", lambda llm, backward: True)
+    monkeypatch.setattr(llm, "sums_vary", lambda llm: True)
     model = negative_model(dropout=0.5).train()
     for name, weight in model.named_parameters():
         if "lora_B" in name:  # zero else, and nothing is dropped
