@@ -192,7 +192,7 @@ def test_vectors_do_not_depend_on_sharing_batches_or_shards(made, toy_run, tmp_p
 def test_a_missing_adapter_ends_without_output(toy_run, tmp_path):
     run = with_inputs(toy_run, tmp_path)
     shutil.rmtree(run / "sft" / "adapter")
-    with pytest.raises(UserError, match="no PEFT adapter there"):
+    with pytest.raises(UserError, match="no PEFT adapter of this model"):
         generate(run)  # case D08
     assert not (run / "generate").exists()
 

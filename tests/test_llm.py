@@ -200,16 +200,6 @@ def test_a_chat_template_that_writes_bos_gives_one_bos():
     assert ids == [0, *llm.encode(tokenizer, [hostile + "!"])[0]]  # case D06
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('system first') }}", "{% for m in %}", "{{ x.y.z }}"])
-def test_a_chat_template_that_fails_is_one_sentence(template):
-    _, tokenizer = llm.tiny_model()
-    tokenizer.chat_template = template
-    with pytest.raises(
-        UserError, match=r"the chat template of .* fails on a user's message .*; mend its chat_template"
-    ):
-        llm.chat_ids(tokenizer, "hi")
-
-
 CF = np.random.default_rng(5).normal(size=(2, 2, 4)).astype(np.float32)  # of two users, of two items
 
 
@@ -299,13 +289,13 @@ def test_a_saved_model_gives_its_vectors_again_in_a_new_process_and_in_plain_pef
 
 def test_an_adapter_that_is_absent_or_of_another_shape_is_an_error(tmp_path):
     base, _ = llm.load_llm("tiny", "cpu")
-    with pytest.raises(UserError, match="no PEFT adapter there"):
+    with pytest.raises(UserError, match="no PEFT adapter of this model: Can't find"):
         llm.load_lora(base, tmp_path / "no" / "such" / "dir")  # case D08
     negative_model().save(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = llm.load_file(file)
     llm.save_file(dict(list(weights.items())[1:]), file)
-    with pytest.raises(UserError, match="1 of its weights are missing, 0 are unknown"):
+    with pytest.raises(UserError, match="1 of its weights are missing or unknown"):
         llm.load_lora(llm.load_llm("tiny", "cpu")[0], tmp_path / "adapter")
 
 

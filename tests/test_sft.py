@@ -396,7 +396,7 @@ def test_an_adapter_of_another_shape_is_refused(toy_run, cli, tmp_path):
         assert other.returncode == 1 and f"pass --lora-rank {config['r']} --lora-alpha" in other.stderr
     done = cli("sft", *words, "--init-from", folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{folder / 'adapter'}: the adapter does not belong to this model" in done.stderr
+    assert f"{folder / 'adapter'}: no PEFT adapter of this model" in done.stderr
 
 
 def test_an_adapter_of_another_model_is_refused_before_anything_is_computed(toy_run, tmp_path):
