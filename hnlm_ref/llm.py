@@ -356,13 +356,12 @@ def make_queries(
     end = encode(tokenizer, [QUERY_END])[0]
     of_user = encode(tokenizer, [fill(QUERY_USER, profile=user["profile"]) for user in users])
     of_item = encode(tokenizer, [fill(QUERY_ITEM, item=item_words(item)) for item in items])
-    beside_user, beside_item = len(bos), len(end) + 2 + len(eos)  # tokens of a part that are never cut
-    room_user, room_item = max_user_tokens - beside_user, max_item_tokens - beside_item
+    room_user, room_item = max_user_tokens - len(bos), max_item_tokens - len(end) - 2 - len(eos)  # two soft tokens
     bare_user, bare_item = map(len, encode(tokenizer, [fill(QUERY_USER, profile=""), fill(QUERY_ITEM, item="")]))
     if room_user <= bare_user or room_item <= bare_item:
-        least = f"the least that works is {beside_user + bare_user + 1} and {beside_item + bare_item + 1}"
-        told = f"max_user_tokens {max_user_tokens} and max_item_tokens {max_item_tokens} leave no room"
-        raise UserError(f"{told} beside the instructions; {least}")
+        least = max_user_tokens - room_user + bare_user + 1, max_item_tokens - room_item + bare_item + 1
+        told = "max_user_tokens and max_item_tokens leave no room beside the instructions"
+        raise UserError(f"{told}; the least that works is {least[0]} and {least[1]}")
     n_shortened = sum(len(ids) > room_user for ids in of_user) + sum(len(ids) > room_item for ids in of_item)
     users_ids, item_ids = [bos + ids[:room_user] for ids in of_user], [ids[:room_item] for ids in of_item]
     return Queries(users_ids, item_ids, end, eos, n_shortened)
