@@ -81,14 +81,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
     prep, out, device = run.prep(), run.out, run.device
     if cfg.target == "text" or cfg.guard_threshold is not None:
         check_words(prep.items, "target text and guard_threshold")
-    fingerprint = file_fingerprint(resolve_path(cfg.model))
     if cfg.init_from:  # its LoRA fits the very weights that it was tuned on
-        if not (told := resolve_path(cfg.init_from) / "manifest.json").exists():
-            raise UserError(f"init_from {cfg.init_from}: no finished sft folder ({told.name} is missing)")
-        tuned = load_json(told)
-        model, theirs = tuned["knobs"]["model"], tuned["counts"]["model fingerprint"]
-        if model != cfg.model and (theirs != fingerprint or theirs == "absent"):
-            raise UserError(f"init_from {cfg.init_from} was tuned on model {model}, not on {cfg.model}; take that one")
+        theirs = load_json(resolve_path(cfg.init_from) / "manifest.json")["knobs"]
+        for name in ("model", "lora_rank", "lora_alpha", "lora_dropout"):
+            if theirs[name] != getattr(cfg, name):
+                raise UserError(f"init_from {cfg.init_from} was tuned with {name} = {theirs[name]}; take the same")
     torch.set_num_threads(run.n_threads or torch.get_num_threads())
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the steps: one, unless launched so
 
@@ -141,7 +138,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if not users:
         left = f"only {len(mined)} users have an item not taken, nor refused by guard_threshold, as a negative"
         raise UserError(f"{left}; at least one to tune on and one held out are needed")
-    counted = {"users without an item to mine": len(some) - len(mined), "model fingerprint": fingerprint}
+    counted = {"users without an item to mine": len(some) - len(mined)}
+    counted["model fingerprint"] = file_fingerprint(resolve_path(cfg.model))
     counted["dtype"] = str(base.dtype).removeprefix("torch.")
     mined = {u: mined[u] for u in (*held_out, *users)}
     if team.is_main_process:
@@ -161,10 +159,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
     torch.manual_seed(run.seed)
     if cfg.init_from:
         lora = llm.load_lora(base, resolve_path(cfg.init_from) / "adapter", trainable=True)
-        given = lora.peft_config["default"]
-        if (given.r, given.lora_alpha, given.lora_dropout) != (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout):
-            its = f"--lora-rank {given.r} --lora-alpha {given.lora_alpha} --lora-dropout {given.lora_dropout}"
-            raise UserError(f"init_from {cfg.init_from}: its adapter has other knobs; pass {its}")
     else:
         lora = llm.add_lora(base, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout)
     model = llm.NegativeModel(lora, cf_user, cf_item, targets.shape[1])
@@ -231,8 +225,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
         h, _, _, i, j = (torch.cat(x) for x in zip(*probed, strict=True))
         unit = torch.nn.functional.normalize(targets, dim=1)
         wanted = torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i]  # [B, d_out]
-        if (wanted == wanted[0]).all():
-            raise UserError(f"{len(h)} pairs tell the head nothing; raise n_users, pairs_per_user or probe_users")
         model.head.solve(h, wanted)
         state["log"].append({"step": 0, "head": "solved", **look()})
         say("\n".join(f"[sft] {line}" for line in state["log"]))
