@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,30 +122,35 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
 
 
 def ask(
+    cfg: AskConfig,
+    model: str,
+    load: Callable[[], tuple[Any, Any]],
     questions: list[str],
     about: list[dict],
     path: Path,
-    answer: Callable[[list[tuple[int, str]], Container[int]], Answers],
     key: str,
     titles: list[str] | None = None,
-    of: Any = None,
 ) -> list[Reply]:
     """Ask every question once and write JSONL to `path`: `about`, status, text, raw, in their order.
 
     Answers are kept in a file *.part named by what they depend on, which outlives a change of other knobs until the
     stage is whole: those that are there are not asked for again, a half-written last line is dropped (case D17), failed
     questions are asked again. A failed answer is empty, never another's text (case D20).
-    titles  of the positive of each question, which an answer must not repeat
-    of      who is asked, and what else the answers depend on beside the questions
+    model, load  name of the local model, and what loads it and its tokenizer, where no server is asked
+    titles       of the positive of each question, which an answer must not repeat
     """
-    part = path.with_name(f"{path.name}.{digest([of, questions])}.part")
+    who = cfg.endpoint_model if cfg.endpoint else [model, file_fingerprint(resolve_path(model)), cfg.ask_batch_size]
+    part = path.with_name(f"{path.name}.{digest([cfg.endpoint, who, cfg.max_new_tokens, questions])}.part")
     with part.open("a+", encoding="ascii") as file:
         file.seek(0)
         lines, newline, _ = file.read().rpartition("\n")
         file.truncate(len(lines + newline))
         said, failed = dict(map(json.loads, lines.splitlines())), dict[int, Reply]()
         done, missing = set(said), len(questions) - len(said)
-        answers = answer(list(enumerate(questions)), done) if missing else ()
+        answers: Answers = iter(())
+        if missing:
+            numbered = list(enumerate(questions))
+            answers = ask_server(cfg, numbered, done) if cfg.endpoint else ask_local(*load(), cfg, numbered, done)
         for number, raw in progress(answers, total=missing, desc=path.stem):
             if isinstance(raw, Exception):
                 failed[number] = reply = Reply("failed", None, f"{type(raw).__name__}: {raw}")
@@ -160,12 +164,6 @@ def ask(
     replies = [failed.get(n) or parse_reply(said[n], key, titles[n] if titles else None) for n in range(len(questions))]
     save_jsonl(path, (who | vars(reply) for who, reply in zip(about, replies, strict=True)))
     return replies
-
-
-def answers_depend_on(cfg: AskConfig, model: str) -> list:
-    """Of the knobs those by which an answer may change; not how long or how often a server is asked."""
-    asked = [cfg.endpoint, cfg.endpoint_model] if cfg.endpoint else [file_fingerprint(resolve_path(model)), model]
-    return [*asked, cfg.max_new_tokens, None if cfg.endpoint else cfg.ask_batch_size]
 
 
 def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: Run) -> dict[str, int]:
@@ -183,18 +181,17 @@ def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: R
         newest = [prep.items[i] for i in prep.history(u)[::-1][: cfg.profile_titles]]
         questions.append(user_profile_prompt(newest, own.get(u, {})))
         about.append({"user": u})
-    answer: Callable[..., Answers] = partial(ask_server, cfg)
-    if cfg.endpoint is None:
+
+    def load() -> tuple[Any, Any]:
         import torch
 
         from hnlm_ref.llm import load_llm
 
         torch.set_num_threads(run.n_threads or torch.get_num_threads())
-        llm, tokenizer = load_llm(model, run.device)
-        answer = partial(ask_local, llm, tokenizer, cfg)
-    of = answers_depend_on(cfg, model)
+        return load_llm(model, run.device)
+
     path = run.out / "profiles.jsonl"
-    replies = ask(questions, about, path, answer, PROFILE_KEY, of=of)
+    replies = ask(cfg, model, load, questions, about, path, PROFILE_KEY)
     counts = Counter(reply.status for reply in replies)
     if not counts["ok"]:
         who = "endpoint_model" if cfg.endpoint else f"profile_model, now {model}"

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,12 +137,10 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     else:
         # One question per pair; a pair without an answer has no negative: it is counted, and left out from here on.
         questions = [prompts.negative_prompt(prep.users[u], prep.items[i]) for u, i in pairs]
-        local = partial(profiles.ask_local, base, tokenizer, cfg)
-        answer = partial(profiles.ask_server, cfg) if cfg.endpoint else local
         titles = [prep.items[i]["title"] for i in pairs[:, 1]]
         about = [{"user": int(u), "item": int(i)} for u, i in pairs]
-        of = profiles.answers_depend_on(cfg, knobs["model"])
-        replies = profiles.ask(questions, about, out / "texts.jsonl", answer, prompts.NEGATIVE_KEY, titles, of)
+        asked = questions, about, out / "texts.jsonl", prompts.NEGATIVE_KEY, titles
+        replies = profiles.ask(cfg, knobs["model"], lambda: (base, tokenizer), *asked)
         counts["statuses"] = statuses = dict(Counter(reply.status for reply in replies))
         said = [reply.text for reply in replies if reply.text is not None]
         say(f"[generate] answers: {statuses}")

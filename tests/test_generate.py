@@ -218,54 +218,59 @@ def said(title: str, key: str = prompts.NEGATIVE_KEY) -> str:
 KEPT = json.dumps([0, said("kept")]) + "\n"  # the first answer
 
 
-def part_of(path, questions):
-    """The file of answers so far."""
-    return path.with_name(f"{path.name}.{digest([None, questions])}.part")
+def ask(path, questions, endpoint=None, titles=None, **knobs):
+    """`profiles.ask` of a server, or of the tiny model."""
+    cfg, about = profiles.AskConfig(endpoint=endpoint, **knobs), [{"user": n} for n in range(len(questions))]
+    return profiles.ask(cfg, "tiny", llm.tiny_model, questions, about, path, prompts.NEGATIVE_KEY, titles)
 
 
-def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path):
+def part_of(path, questions, endpoint):
+    """The file of a server's answers so far."""
+    return path.with_name(f"{path.name}.{digest([endpoint, 'default', 160, questions])}.part")
+
+
+def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path, monkeypatch):
     asked = []
 
-    def answer(questions, done):
+    def answer(cfg, questions, done):
         for number, text in (question for question in questions if question[0] not in done):
             asked.append(number)
             yield number, OSError("busy") if text == "u2" and asked.count(number) == 1 else said(text)
 
-    path, about = tmp_path / "texts.jsonl", [{"user": 1}, {"user": 2}]
-    replies = profiles.ask(["u1", "u2"], about, path, answer, prompts.NEGATIVE_KEY)
+    monkeypatch.setattr(profiles, "ask_server", answer)
+    path, server, three = tmp_path / "texts.jsonl", "http://here", ["u1", "u2", "u3"]
+    replies = ask(path, ["u1", "u2"], server)
     assert [(r.status, r.text) for r in replies] == [("ok", "u1"), ("failed", None)]  # case D20
     assert replies[1].raw == "OSError: busy"
     # a killed run: an answer, and a half-written line
-    part_of(path, ["u1", "u2", "u3"]).write_text(KEPT + '[2, "{', encoding="utf-8")
-    asked.clear()
-    asked.append(1)
-    replies = profiles.ask(["u1", "u2", "u3"], [*about, {"user": 3}], path, answer, prompts.NEGATIVE_KEY)
+    part_of(path, three, server).write_text(KEPT + '[2, "{', encoding="utf-8")
+    asked[:] = [1]
+    replies = ask(path, three, server)
     assert asked[1:] == [1, 2]
     assert [(r.status, r.text) for r in replies] == [("ok", "kept"), ("ok", "u2"), ("ok", "u3")]
-    assert [(row["user"], row["text"]) for row in load_jsonl(path)] == [(1, "kept"), (2, "u2"), (3, "u3")]
+    assert [(row["user"], row["text"]) for row in load_jsonl(path)] == [(0, "kept"), (1, "u2"), (2, "u3")]
     # stopped later in the stage: nothing is asked again, unless somebody else is to be asked
     asked.clear()
-    three = (["u1", "u2", "u3"], [*about, {"user": 3}], path, answer, prompts.NEGATIVE_KEY)
-    assert profiles.ask(*three) == replies and asked == [] and len(load_jsonl(path)) == 3
-    assert profiles.ask(*three, of="another") != replies and asked == [0, 1, 2]
+    assert ask(path, three, server) == replies and asked == [] and len(load_jsonl(path)) == 3
+    assert ask(path, three, server, endpoint_model="another") != replies and asked == [0, 1, 2]
 
 
 def test_a_local_model_goes_on_with_the_batches_it_was_stopped_in(monkeypatch, tmp_path):
     """In bfloat16 an answer may depend on what shares its batch."""
     together = lambda _llm, _tokenizer, batch, _limit: [said(f"{len(ids)} of {len(batch)}") for ids in batch]  # noqa: E731
     monkeypatch.setattr(llm, "generate_texts", together)
-    questions, cfg = ["x" * (n % 5) for n in range(10)], profiles.AskConfig(ask_batch_size=4)
-    local = partial(profiles.ask_local, *llm.tiny_model(), cfg)
+    questions, local = ["x" * (n % 5) for n in range(10)], profiles.ask_local
 
-    def stopped(questions, done):
-        yield from islice(local(questions, done), 6)
+    def stopped(*args):
+        yield from islice(local(*args), 6)
         raise KeyboardInterrupt
 
     whole, again = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
-    profiles.ask(questions, [{}] * 10, whole, local, prompts.NEGATIVE_KEY)
-    with pytest.raises(KeyboardInterrupt):
-        profiles.ask(questions, [{}] * 10, again, stopped, prompts.NEGATIVE_KEY)
-    profiles.ask(questions, [{}] * 10, again, local, prompts.NEGATIVE_KEY)
+    ask(whole, questions, ask_batch_size=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(profiles, "ask_local", stopped)
+        ask(again, questions, ask_batch_size=4)
+    ask(again, questions, ask_batch_size=4)
     assert whole.read_bytes() == again.read_bytes()
 
 
@@ -324,10 +329,7 @@ def server(monkeypatch):
 
 def test_a_server_is_asked_again_after_a_busy_answer_and_given_up_in_the_end(server, tmp_path):
     Server.plan = {"b": [503, 429, 408, 200], "c": [500]}
-    cfg = profiles.AskConfig(endpoint=server, concurrency=2, n_retries=3, max_new_tokens=9)
-    about = [{"user": n} for n in range(3)]
-    answer = partial(profiles.ask_server, cfg)
-    replies = profiles.ask(["a", "b", "c"], about, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY, ["A", "x", "x"])
+    replies = ask(tmp_path / "t.jsonl", ["a", "b", "c"], server, ["A", "x", "x"], n_retries=3, max_new_tokens=9)
     assert [(r.status, r.text) for r in replies] == [("is_positive", None), ("ok", "b"), ("failed", None)]
     assert sorted(text for text, *_ in Server.seen) == ["a", *["b"] * 4, *["c"] * 4]
     assert {(limit, path) for _, limit, path in Server.seen} == {(9, "/v1/chat/completions")}
@@ -364,13 +366,12 @@ def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(ser
 
 def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk\n")
-    ask = partial(profiles.ask, ["a"], [{}], tmp_path / "t.jsonl", key=prompts.NEGATIVE_KEY)
     Server.plan = {"a": [401]}
     with pytest.raises(UserError, match=r"were answered \(UserError: http.* refused the request: 401 "):
-        ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint=server)))
+        ask(tmp_path / "t.jsonl", ["a"], server)
     assert Server.key_sent == "Bearer sk" and len(Server.seen) == 1
     with pytest.raises(UserError, match=r"were answered \(URLError: .*refused.*\); is the server up"):
-        ask(answer=partial(profiles.ask_server, profiles.AskConfig(endpoint="http://127.0.0.1:9/v1", n_retries=1)))
+        ask(tmp_path / "t.jsonl", ["a"], "http://127.0.0.1:9/v1", n_retries=1)
     assert not (tmp_path / "t.jsonl").exists()
 
 
@@ -378,20 +379,20 @@ def test_a_question_refused_for_its_own_sake_fails_alone_and_is_not_tried_again(
     monkeypatch.setattr(profiles, "as_completed", list)  # in their order
     Server.plan = {"long": [400], "large": [413], "odd": [422]}
     questions, path = ["a", "long", "large", "odd", *["long"] * 6, "b"], tmp_path / "t.jsonl"
-    answer = partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=1))
     for before, n_asked, last in (("", 11, "b"), (KEPT.replace("0", "10", 1), 10, "kept")):
-        part_of(path, questions).write_text(before, encoding="utf-8")
+        part_of(path, questions, server).write_text(before, encoding="utf-8")
         Server.seen = []
-        replies = profiles.ask(questions, [{}] * 11, path, answer, prompts.NEGATIVE_KEY)
+        replies = ask(path, questions, server, concurrency=1)
         assert [r.text for r in replies] == ["a", *[None] * 9, last] and len(Server.seen) == n_asked
         assert {r.status for r in replies[1:10]} == {"failed"} and "request: 413 " in replies[2].raw
         assert '{"choices": ' in replies[2].raw  # what the server says
-    part_of(path, ["a", *["long"] * 9]).write_text(KEPT, encoding="utf-8")  # nothing but refusals for the rest
-    replies = profiles.ask(["a", *["long"] * 9], [{}] * 10, path, answer, prompts.NEGATIVE_KEY)
+    questions = ["a", *["long"] * 9]
+    part_of(path, questions, server).write_text(KEPT, encoding="utf-8")  # nothing but refusals for the rest
+    replies = ask(path, questions, server, concurrency=1)
     assert [r.text for r in replies] == ["kept", *[None] * 9]
     Server.seen = []
     with pytest.raises(UserError, match=r"0 of 9 questions were answered \(UserError: http.* refused the request: 400"):
-        profiles.ask(["long"] * 9, [{}] * 9, path, answer, prompts.NEGATIVE_KEY)
+        ask(path, ["long"] * 9, server, concurrency=1)
     assert 2 <= len(Server.seen) < 9  # 2 * concurrency, and what was on its way
 
 
@@ -399,13 +400,12 @@ def test_a_server_that_dies_ends_the_job_which_goes_on_from_there(server, tmp_pa
     monkeypatch.setattr(profiles, "as_completed", list)  # in their order
     questions, path = [f"q{n}" for n in range(9)], tmp_path / "t.jsonl"
     Server.plan = {question: [500] for question in questions[3:]}
-    cfg = profiles.AskConfig(endpoint=server, concurrency=1, n_retries=0)
-    three = (questions, [{}] * 9, path, partial(profiles.ask_server, cfg), prompts.NEGATIVE_KEY)
+    again = partial(ask, path, questions, server, concurrency=1, n_retries=0)
     with pytest.raises(UserError, match=r"3 of 9 questions were answered \(HTTPError: .*500.*start again"):
-        profiles.ask(*three)
+        again()
     assert not path.exists()
     Server.plan, Server.seen = {}, []
-    assert [reply.text for reply in profiles.ask(*three)] == questions and len(Server.seen) == 6
+    assert [reply.text for reply in again()] == questions and len(Server.seen) == 6
 
 
 def test_answers_outlive_a_change_of_other_knobs(server, toy_run, tmp_path):
@@ -421,21 +421,18 @@ def test_answers_outlive_a_change_of_other_knobs(server, toy_run, tmp_path):
 def test_a_broken_answer_is_a_failed_try(server, tmp_path):
     bodies, silent = ['{"choices": null}', "[]"], '{"choices": [{"message": {"content": null}}]}'
     Server.plan = {"a": [*(body.ljust(99) for body in bodies), "cut", 200], "b": ["cut"], "silent": [silent.ljust(99)]}
-    answer = partial(profiles.ask_server, profiles.AskConfig(endpoint=server, n_retries=3))
-    replies = profiles.ask(["a", "b", "silent"], [{}] * 3, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY)
+    replies = ask(tmp_path / "t.jsonl", ["a", "b", "silent"], server, n_retries=3)
     assert [(r.status, r.text) for r in replies] == [("ok", "a"), ("failed", None), ("bad", None)]
     assert replies[2].raw == "" and sorted(text for text, *_ in Server.seen).count("a") == 4
 
 
 def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
     Server.plan = {"a": [500]}
-    answer = partial(profiles.ask_server, profiles.AskConfig(endpoint=server, concurrency=2, n_retries=0))
-    assert len(list(answer([(n, "a") for n in range(999)]))) == 4  # 2 * concurrency
-    assert len(Server.seen) < 999
-    part = part_of(tmp_path / "t.jsonl", ["a"] * 99)
+    part = part_of(tmp_path / "t.jsonl", ["a"] * 99, server)
     part.write_text(KEPT, encoding="utf-8")
     with pytest.raises(UserError, match=r"0 of 98 questions were answered \(HTTPError: .*500.*\); is the server up\?"):
-        profiles.ask(["a"] * 99, [{}] * 99, tmp_path / "t.jsonl", answer, prompts.NEGATIVE_KEY)
+        ask(tmp_path / "t.jsonl", ["a"] * 99, server, concurrency=2, n_retries=0)
+    assert len(Server.seen) < 98  # 2 * concurrency, and what was on its way
     assert part.read_text(encoding="utf-8") == KEPT
 
 
