@@ -105,9 +105,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
         item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
         if run.manifest("prep")["knobs"]["profiles"] == "template":
             # Choice: a template profile is a list of titles; its vector is the mean of the user's training items.
-            user_text = np.empty((prep.n_users, item_text.shape[1]), np.float32)  # [U, d_llm]
-            for user in progress(range(prep.n_users), desc="user texts", unit="user"):
-                user_text[user] = item_text[prep.train.row(user)].mean(axis=0)
+            user_text = np.array([item_text[prep.train.row(u)].mean(axis=0) for u in range(prep.n_users)])  # [U, d_llm]
         else:
             user_text = llm.text_vectors(base, tokenizer, [user["profile"] for user in prep.users])
         if team.is_main_process:
@@ -230,43 +228,40 @@ def main(cfg: SftConfig, run: Run) -> dict:
         say("\n".join(f"[sft] {line}" for line in state["log"]))
         best = {name: t.clone() for name, t in learnt.items()}
     model.train()
-    bar, batches = progress(total=n_steps, desc="tuning", unit="step"), []
-    bar.update(state["step"])
-    while state["step"] < n_steps and len(state["log"]) - 1 - state["best"] < cfg.patience:
-        epoch, place = divmod(state["step"], n_per_epoch)
-        if place == 0 or not batches:
-            batches = llm.cut(np.random.default_rng([run.seed, epoch]).permutation(users).tolist(), cfg.batch_size)
-        micro_batches = batches[place * cfg.grad_accum : (place + 1) * cfg.grad_accum]
+    started = state["step"]
+    for step in progress(range(started, n_steps), initial=started, total=n_steps, desc="tuning", unit="step"):
+        if len(state["log"]) - 1 - state["best"] >= cfg.patience:
+            break
+        epoch, place = divmod(step, n_per_epoch)
+        batches = llm.cut(np.random.default_rng([run.seed, epoch]).permutation(users).tolist(), cfg.batch_size)
         total = [torch.zeros_like(p) for p in trainable.values()]
-        for number, some, counts in own_share(micro_batches, team):
-            seed = hash((run.seed, state["step"], number))
+        for number, some, counts in own_share(batches[place * cfg.grad_accum :][: cfg.grad_accum], team):
+            seed = hash((run.seed, step, number))
             figures, gradients = llm.gradients(model, lambda some: read(some)[1:], some, all_losses, seed)
             for so_far, gradient in zip(total, gradients, strict=True):
                 so_far.add_(gradient, alpha=counts / cfg.grad_accum)
             seen += counts * torch.tensor([figures["loss"].item(), 1.0], device=device)
         for p, gradient in zip(trainable.values(), accelerate.utils.reduce(total, "sum"), strict=True):
             p.grad = gradient
-        rate = min((state["step"] + 1) / (cfg.warmup_steps + 1), 1 - state["step"] / n_steps)
+        rate = min((step + 1) / (cfg.warmup_steps + 1), 1 - step / n_steps)
         for group, lr in zip(optimiser.param_groups, (cfg.lr, cfg.lr_new), strict=True):
             group["lr"] = lr * rate
         torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        state["step"] += 1
-        bar.update()
+        state["step"] = step + 1
         if state["step"] % cfg.eval_every == 0 or state["step"] == n_steps:
             loss_sum, n = accelerate.utils.reduce(seen, "sum").tolist()
-            state["log"].append({"step": state["step"], "loss": round(loss_sum / n, 6), **look()})
             seen.zero_()
-            say(f"[sft] {state['log'][-1]}")
-            if not np.isfinite(list(state["log"][-1].values())).all():
+            line = {"step": state["step"], "loss": round(loss_sum / n, 6), **look()}
+            state["log"].append(line)
+            say(f"[sft] {line}")
+            if not np.isfinite(list(line.values())).all():
                 raise UserError(f"step {state['step']}: a loss is not finite; lr {cfg.lr} may be too large")  # case E11
-            if state["log"][-1]["held_out_objective"] < state["log"][state["best"]]["held_out_objective"]:
-                state["best"] = len(state["log"]) - 1
-                best = {name: t.clone() for name, t in learnt.items()}
+            if line["held_out_objective"] < state["log"][state["best"]]["held_out_objective"]:
+                state["best"], best = len(state["log"]) - 1, {name: t.clone() for name, t in learnt.items()}
             if team.is_main_process:
                 save_checkpoint(checkpoint, optimiser, state, learnt, best)
-    bar.close()
     if not team.is_main_process:
         return {}
 
