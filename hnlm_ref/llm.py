@@ -308,9 +308,9 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, nothing added; "</s>" in a title is four characters, not the end."""
-    blocks = cut(list(texts), 1024)  # beside the ids a tokenizer keeps a hundred bytes a token
-    bar = progress(blocks, desc="tokens") if len(blocks) > 1 else blocks
-    return [ids for b in bar for ids in tokenizer(b, add_special_tokens=False, split_special_tokens=True).input_ids]
+    how = {"add_special_tokens": False, "split_special_tokens": True}
+    blocks = cut(texts, 1024)  # beside the ids a tokenizer keeps a hundred bytes a token
+    return [ids for block in blocks for ids in tokenizer(block, **how).input_ids]
 
 
 def chat_ids(tokenizer: Any, message: str) -> list[int]:

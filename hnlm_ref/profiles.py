@@ -173,13 +173,11 @@ def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: R
     reviews  {"user", "item", "text"} of training rows
     A profile without an answer is "" and counted: no other text stands in for it (case D20). All of them: UserError.
     """
-    own: dict[int, dict[int, str]] = {}
-    for review in reviews:
-        own.setdefault(review["user"], {})[review["item"]] = review["text"]
+    own = {(review["user"], review["item"]): review["text"] for review in reviews}
     questions, about = [item_profile_prompt(item) for item in prep.items], [{"item": n} for n in range(prep.n_items)]
     for u in range(prep.n_users):
-        newest = [prep.items[i] for i in prep.history(u)[::-1][: cfg.profile_titles]]
-        questions.append(user_profile_prompt(newest, own.get(u, {})))
+        newest = prep.history(u)[::-1][: cfg.profile_titles].tolist()
+        questions.append(user_profile_prompt([(prep.items[i], own.get((u, i))) for i in newest]))
         about.append({"user": u})
 
     def load() -> tuple[Any, Any]:
@@ -194,10 +192,8 @@ def write_profiles(cfg: Any, prep: Prep, reviews: list[dict], model: str, run: R
     replies = ask(cfg, model, load, questions, about, path, PROFILE_KEY)
     counts = Counter(reply.status for reply in replies)
     if not counts["ok"]:
-        who = "endpoint_model" if cfg.endpoint else f"profile_model, now {model}"
-        raise UserError(
-            f"none of {len(replies)} answers is a profile ({dict(counts)}); see {path}, or name another {who}"
-        )
+        told = f"none of {len(replies)} answers is a profile ({dict(counts)}); see {path}"
+        raise UserError(f"{told}, or name another profile_model or endpoint_model")
     for record, reply in zip([*prep.items, *prep.users], replies, strict=True):
         record["profile"] = reply.text or ""
     return {f"profiles {status}": n for status, n in counts.items()}

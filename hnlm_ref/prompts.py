@@ -74,13 +74,12 @@ def item_profile_prompt(item: dict) -> str:
     return fill(ITEM_PROFILE, title=item["title"] or NO_TITLE, text=item["text"] or "none given")
 
 
-def user_profile_prompt(history: list[dict], reviews: dict[int, str]) -> str:
-    """history  the user's training items, newest first; reviews: item number -> the user's own text (training rows)."""
+def user_profile_prompt(history: list[tuple[dict, str | None]]) -> str:
+    """history  the user's training items, newest first, each with the user's own text of it, if any."""
     lines = []
-    for item in history:
-        words = f"- {item['title'] or NO_TITLE}. {item['text']}".removesuffix(". ")
-        review = reviews.get(item["item"])
-        lines.append(f"{words}\n  Their review: {review}" if review else words)
+    for item, review in history:
+        lines.append(f"- {item['title'] or NO_TITLE}. {item['text']}".removesuffix(". "))
+        lines += [f"  Their review: {review}"] if review else []
     return fill(USER_PROFILE, history="\n".join(lines))
 
 
@@ -114,7 +113,7 @@ def parse_reply(raw: str, key: str, positive_title: str | None = None) -> Reply:
     for brace in re.finditer(r"\{", text):
         try:
             found, _ = json.JSONDecoder().raw_decode(text, brace.start())
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
         if key in found:
             break

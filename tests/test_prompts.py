@@ -39,7 +39,6 @@ CLEAN = '{"hard_negative_item": "Orbit Chess Set", "reasoning": "r"}'
         (f'Perhaps {{"hard_negative_item": "Old Set"}}.\n</think>\n\n{CLEAN}', "ok", "Orbit Chess Set"),
         ('<think>never\nclosed {"hard_negative_item": "Old Set"}', "bad", None),
         ('{"hard_negative_item": "Misérables (Les) {1998}"}', "ok", "Misérables (Les) {1998}"),
-        ('{"a":' * 3_000, "bad", None),
     ],
 )
 def test_a_reply_gives_the_first_whole_object_with_the_key_or_a_status(raw, status, text):
@@ -73,7 +72,7 @@ def test_a_missing_title_is_named_as_missing_and_a_title_is_not_repeated():
     assert prompts.item_words({"title": "", "profile": ""}) == "an item without title"
     item = {"item": 0, "title": "", "text": ""}
     assert "\nTitle: an item without title\nDescription: none given\n" in prompts.item_profile_prompt(item)
-    assert "\n- an item without title\n" in prompts.user_profile_prompt([item], {})
+    assert "\n- an item without title\n" in prompts.user_profile_prompt([(item, None)])
     assert prompts.item_words({"title": "Up", "profile": "Up. Comedy"}) == "Up. Comedy"
     assert prompts.item_words({"title": "Up", "profile": "Up"}) == "Up"
     assert prompts.item_words({"title": "Up", "profile": "For children."}) == "Up. For children."
@@ -81,10 +80,8 @@ def test_a_missing_title_is_named_as_missing_and_a_title_is_not_repeated():
 
 
 def test_a_user_prompt_lists_the_history_and_only_the_users_own_reviews():
-    history = [{"item": 4, "title": "New", "text": "Drama"}, {"item": 2, "title": "Old", "text": ""}]
-    prompt = prompts.user_profile_prompt(history, {2: "loved it"})
-    assert prompt.index("- New. Drama\n- Old\n  Their review: loved it\n") > 0
-    assert prompt.count("review:") == 1
+    history = [({"title": "New", "text": "Drama"}, None), ({"title": "Old", "text": ""}, "loved it")]
+    assert "- New. Drama\n- Old\n  Their review: loved it\n" in prompts.user_profile_prompt(history)
 
 
 def test_no_prompt_of_the_toy_run_spells_vectors_out(toy_run):
