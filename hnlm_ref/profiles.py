@@ -25,7 +25,7 @@ from hnlm_ref.knobs import knob
 from hnlm_ref.prompts import PROFILE_KEY, Reply, item_profile_prompt, parse_reply, user_profile_prompt
 
 Answers = Iterator[tuple[int, str | Exception]]  # (number of the question, what was said or why not), in any order
-BACK_OFF = 1.0  # seconds before the second try
+BACK_OFF = 1.0  # seconds between the first try and the second
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,12 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
         headers["Authorization"] = f"Bearer {key}"
 
     def ask_one(text: str) -> str | Exception:
-        failure: Exception = TimeoutError("given up")
-        told = 0.0  # seconds to wait, by the server
+        failure: Exception
         body: dict[str, Any] = {"model": cfg.endpoint_model, "messages": [{"role": "user", "content": text}]}
         body |= {"max_tokens": cfg.max_new_tokens, "temperature": 0.0, "seed": 0}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(cfg.n_retries + 1):
-            if attempt and stop.wait(max(BACK_OFF * 2 ** (attempt - 1), told)):
-                break
-            told = 0.0
+            wait = BACK_OFF * 2**attempt
             try:
                 with urllib.request.urlopen(request, timeout=cfg.timeout_s) as reply:
                     return json.load(reply)["choices"][0]["message"]["content"] or ""
@@ -98,9 +95,11 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
                     detail = error.read(200).decode(errors="replace").strip()
                     return UserError(f"{url} refused the request: {error.code} {error.reason} {detail}")
                 with contextlib.suppress(TypeError, ValueError):  # none given, or a date
-                    told = min(float(error.headers["Retry-After"]), 3600)  # Choice: no longer than an hour
+                    wait = max(wait, min(float(error.headers["Retry-After"]), 3600))  # Choice: no longer than an hour
             except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException) as error:
                 failure = error  # no connection, time-out, broken answer: worth another try
+            if attempt == cfg.n_retries or stop.wait(wait):
+                break
         return failure
 
     with ThreadPoolExecutor(cfg.concurrency) as pool:
