@@ -465,16 +465,6 @@ def test_whitened_directions_have_variance_one_and_no_correlation():
     np.testing.assert_allclose(white.T @ white / 50, np.eye(5), atol=1e-5)
 
 
-def test_text_vectors_are_centred_and_an_empty_text_has_one_too():
-    base, tokenizer = llm.load_llm("tiny", "cpu")
-    texts = ["a chess set", "", "another"]
-    vectors = llm.text_vectors(base, tokenizer, texts, batch_size=2)
-    assert np.isfinite(vectors).all() and vectors.shape == (3, 32)
-    np.testing.assert_allclose(vectors.mean(0), 0, atol=1e-6)
-    raw = torch.stack([plain(base, [0, *ids, 1], 1, "mean") for ids in llm.encode(tokenizer, texts)]).detach().numpy()
-    np.testing.assert_allclose(vectors, raw - raw.mean(0), atol=1e-5)
-
-
 def test_the_size_of_the_weights_is_told_from_the_configuration():
     # Two embeddings of 2^20 tokens by 512 and a norm of 512: 2^30 + 512 weights.
     config = transformers.LlamaConfig(vocab_size=1 << 20, hidden_size=512, num_hidden_layers=0)
