@@ -28,6 +28,13 @@ Answers = Iterator[tuple[int, str | Exception]]  # (number of the question, what
 BACK_OFF = 1.0  # seconds between the first try and the second
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST becomes a GET, and the key would go wherever it leads: an error like any other refusal."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class AskConfig:
     """Knobs of every stage that asks a language model for text."""
@@ -76,6 +83,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
     """
     url = f"{(cfg.endpoint or '').rstrip('/')}/chat/completions"
     headers, stop = {"Content-Type": "application/json"}, threading.Event()
+    server = urllib.request.build_opener(_NoRedirect)
     if key := os.environ.get("OPENAI_API_KEY", "").strip():
         headers["Authorization"] = f"Bearer {key}"
 
@@ -87,8 +95,8 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
         for attempt in range(cfg.n_retries + 1):
             wait = BACK_OFF * 2**attempt
             try:
-                with urllib.request.urlopen(request, timeout=cfg.timeout_s) as reply:
-                    return json.load(reply)["choices"][0]["message"]["content"] or ""
+                with server.open(request, timeout=cfg.timeout_s) as reply:
+                    return str(json.load(reply)["choices"][0]["message"]["content"] or "")
             except urllib.error.HTTPError as error:
                 failure = error
                 if error.code < 500 and error.code not in (408, 429):

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from hnlm_ref.artifacts import no_half_characters
 from hnlm_ref.console import UserError
 
 NO_TITLE = "an item without title"  # stands for a missing title in every prompt (case A04)
@@ -108,12 +109,13 @@ def parse_reply(raw: str, key: str, positive_title: str | None = None) -> Reply:
 
     Invalid JSON is not repaired. Equality with the positive ignores case and outer blanks.
     """
+    raw = no_half_characters(raw)
     text = re.sub(r"<think>.*?(</think>|\Z)", "", raw, flags=re.DOTALL)
     text = text.rpartition("</think>")[2]  # of some models the prompt itself opens the block
     for brace in re.finditer(r"\{", text):
         try:
             found, _ = json.JSONDecoder().raw_decode(text, brace.start())
-        except ValueError:
+        except (ValueError, RecursionError):  # models fall into loops of brackets
             continue
         if key in found:
             break
@@ -122,7 +124,7 @@ def parse_reply(raw: str, key: str, positive_title: str | None = None) -> Reply:
     value = found[key]
     if value is not None and not isinstance(value, str):
         return Reply("bad", None, raw)
-    value = (value or "").strip()
+    value = no_half_characters(value or "").strip()
     if any(f'"{key}": "{value}"'.lower() in asked.lower() for asked in (NEGATIVE, ITEM_PROFILE, USER_PROFILE)):
         return Reply("bad", None, raw)  # small models repeat the example: SmolLM2-135M did in most answers it completed
     if value.lower() in ("", "none", "null"):

@@ -296,6 +296,7 @@ class Server(BaseHTTPRequestHandler):
         Server.key_sent = self.headers["Authorization"]
         self.send_response(status)
         self.send_header("Content-Length", str(max(len(body), length)))
+        self.send_header("Location", "/elsewhere")
         self.send_header("Retry-After", Server.retry_after)
         self.end_headers()
         self.wfile.write(body.encode())
@@ -366,10 +367,11 @@ def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(ser
 
 def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk\n")
-    Server.plan = {"a": [401]}
-    with pytest.raises(UserError, match=r"were answered \(UserError: http.* refused the request: 401 "):
-        ask(tmp_path / "t.jsonl", ["a"], server)
-    assert Server.key_sent == "Bearer sk" and len(Server.seen) == 1
+    for status in (401, 302):  # 302: the key would go elsewhere
+        Server.plan, Server.seen = {"a": [status]}, []
+        with pytest.raises(UserError, match=rf"were answered \(UserError: http.* refused the request: {status} "):
+            ask(tmp_path / "t.jsonl", ["a"], server)
+        assert Server.key_sent == "Bearer sk" and len(Server.seen) == 1
     with pytest.raises(UserError, match=r"were answered \(URLError: .*refused.*\); is the server up"):
         ask(tmp_path / "t.jsonl", ["a"], "http://127.0.0.1:9/v1", n_retries=1)
     assert not (tmp_path / "t.jsonl").exists()
@@ -418,12 +420,15 @@ def test_answers_outlive_a_change_of_other_knobs(server, toy_run, tmp_path):
     assert len(Server.seen) == 60 and not list((run / "generate").glob("*.part"))
 
 
-def test_a_broken_answer_is_a_failed_try(server, tmp_path):
-    bodies, silent = ['{"choices": null}', "[]"], '{"choices": [{"message": {"content": null}}]}'
-    Server.plan = {"a": [*(body.ljust(99) for body in bodies), "cut", 200], "b": ["cut"], "silent": [silent.ljust(99)]}
-    replies = ask(tmp_path / "t.jsonl", ["a", "b", "silent"], server, n_retries=3)
-    assert [(r.status, r.text) for r in replies] == [("ok", "a"), ("failed", None), ("bad", None)]
-    assert replies[2].raw == "" and sorted(text for text, *_ in Server.seen).count("a") == 4
+def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server, tmp_path):
+    bodies = ['{"choices": null}'.ljust(99), "[]".ljust(99)]
+    silent, listed = (f'{{"choices": [{{"message": {{"content": {text}}}}}]}}'.ljust(99) for text in ("null", '["x"]'))
+    Server.plan = {"a": [*bodies, "cut", 200], "b": ["cut"], "silent": [silent], "listed": [listed]}
+    replies = ask(tmp_path / "t.jsonl", ["a", "b", "silent", "listed", "\ud83d"], server, n_retries=3)
+    found = [("ok", "a"), ("failed", None), ("bad", None), ("bad", None), ("ok", "\ufffd")]
+    assert [(r.status, r.text) for r in replies] == found
+    assert [r.raw for r in replies[2:4]] == ["", "['x']"]
+    assert sorted(text for text, *_ in Server.seen).count("a") == 4
 
 
 def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):

@@ -39,6 +39,7 @@ CLEAN = '{"hard_negative_item": "Orbit Chess Set", "reasoning": "r"}'
         (f'Perhaps {{"hard_negative_item": "Old Set"}}.\n</think>\n\n{CLEAN}', "ok", "Orbit Chess Set"),
         ('<think>never\nclosed {"hard_negative_item": "Old Set"}', "bad", None),
         ('{"hard_negative_item": "Misérables (Les) {1998}"}', "ok", "Misérables (Les) {1998}"),
+        ('{"a":' * 3_000, "bad", None),
     ],
 )
 def test_a_reply_gives_the_first_whole_object_with_the_key_or_a_status(raw, status, text):
