@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from hnlm_ref import __version__
 from hnlm_ref.console import QUIET, UserError, say
@@ -63,15 +62,6 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[None]:
-    """Turn what a damaged file raises into one sentence; every file was whole when its stage ended."""
-    try:
-        yield
-    except (ValueError, EOFError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete its folder and run the stage again") from error
-
-
 def no_half_characters(text: str) -> str:
     """Pairs of surrogates joined, lone ones replaced: JSON may hold half a character, UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -83,8 +73,7 @@ def save_npy(path: Path, array: np.ndarray) -> None:
 
 
 def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
-    with whole(path):
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -93,23 +82,8 @@ def save_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
 
 
-def _object(path: Path) -> type[dict]:
-    """What an object in a JSON file becomes: asked for a key it lacks, it says that the file is damaged."""
-
-    class Told(dict):
-        def __missing__(self, key: str) -> Any:
-            with whole(path):
-                raise ValueError(f"it lacks {key!r}")
-
-    return Told
-
-
-def load_json(path: Path) -> Any:
-    with whole(path):
-        found = json.loads(path.read_text(encoding="utf-8"), object_hook=_object(path))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-        return found
+def load_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
@@ -119,9 +93,8 @@ def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def load_jsonl(path: Path) -> list[dict]:
-    hook = _object(path)
-    with whole(path), path.open(encoding="utf-8") as file:
-        return [json.loads(line, object_hook=hook) for line in file]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 # ---- user x item sets -------------------------------------------------------------------------------------------
@@ -299,12 +272,7 @@ class Run:
             command = f"hnlm-ref {name}" + (f" --preset {self.preset}" if self.preset else "")
             command += f" --method {method[0]} --seed {method[1].removeprefix('seed')}" if method else ""
             raise UserError(f"{self.dir / stage} is not finished; run: {command} --run-dir {self.dir}")
-        found = load_json(path)
-        with whole(path):
-            for name in ("knobs", "inputs", "files", "counts", "timing", "versions"):
-                if not isinstance(found.get(name, {}), dict):
-                    raise ValueError(f"{name} is no JSON object")
-        return found
+        return load_json(path)
 
     def fingerprint(self, stage: str) -> str:
         return self.manifest(stage)["fingerprint"]
@@ -313,8 +281,6 @@ class Run:
         folder = self.folder("prep")
         users, items = load_jsonl(folder / "users.jsonl"), load_jsonl(folder / "items.jsonl")
         train, valid = (load_csr(folder, part, len(items)) for part in ("train", "valid"))
-        if len(users) != train.n_rows or len(items) != self.manifest("prep")["counts"]["items"]:
-            raise UserError(f"{folder}: users.jsonl or items.jsonl lacks lines; delete the folder and run prep again")
         return Prep(users, items, train, valid, load_npy(folder / "train.order.npy"))
 
     def test(self) -> Csr:
