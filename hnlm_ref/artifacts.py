@@ -46,13 +46,7 @@ LARGE = 1 << 28  # bytes; Choice: larger input files are known by size and time 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; rename it to `path` when the block ends well, remove it when it does not.
-
-    Of a link the target is replaced. Raises UserError for what is no file: a pipe or a device would be gone.
-    """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is there and is no file; choose another name")
+    """Give a temporary name to write to; rename it to `path` when the block ends well, remove it when it does not."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -78,8 +72,7 @@ def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
 
 def save_json(path: Path, value: Any) -> None:
     with atomic(path) as temporary:
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_json(path: Path) -> dict:
@@ -87,8 +80,7 @@ def load_json(path: Path) -> dict:
 
 
 def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    form: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
-    with atomic(path) as temporary, temporary.open("w", **form) as file:
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

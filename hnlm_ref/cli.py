@@ -58,8 +58,6 @@ def main() -> None:
 
     prep -> sft -> generate -> train -> eval; `all` runs them in order.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a title may hold what the terminal cannot show
 
 
 class _All(click.Command):
@@ -184,7 +182,6 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     from hnlm_ref.report import write
     from hnlm_ref.view import open_runs
 
-    out = out / "report.html" if out.is_dir() else out
     write(open_runs(runs), out)
     click.echo(out)
 

@@ -260,7 +260,7 @@ def write(views: list[View], path: Path, n_explored: int = 200) -> None:
     for name, text in parts.items():
         page = page.replace("{{" + name + "}}", text)
     with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # a folder's name may be no UTF-8
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _explorer(view: View, n: int) -> dict:

