@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -337,43 +337,25 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
     """Do a stage's work unless it is done: skip, resume or start; the manifest last; then the rename.
 
     Work in progress lies in a hidden folder that is kept when the process dies, so `main` may find checkpoints of its
-    own there; another key wipes it, but for files *.part, whose names tell what they are of. Files of `WORK` go when no
-    process looks for them any more. The finished folder of an earlier run stays until the new one is whole.
-    Raises UserError when another command is at work in the hidden folder. Under torchrun or `accelerate launch` every
-    process calls `main`, but only the first one touches the folder here.
+    own there. Files of `WORK` go when no process looks for them any more. The finished folder of an earlier run stays
+    until the new one is whole. Under torchrun or `accelerate launch` every process calls `main`, but only the first one
+    touches the folder here.
     """
     final = run.dir / stage
     partial = final.with_name(f".{final.name}.partial")
-    key_file = partial / "key"
     started = time.time()
-    done, moving = is_done(final, key), is_done(partial, key)  # moving: died between the manifest and the rename
+    done = is_done(final, key)
     team = _team(stage, run)
     leads = team is None or team.is_main_process
     if done:
         say(f"[{stage}] done before, nothing changed: {final}")
         return
     if leads and final.exists():
-        if not run.has(stage) and (final.is_file() or any(final.iterdir())):
+        if not run.has(stage):
             told = f"{final} holds no manifest.json, so no stage wrote it"
             raise UserError(f"{told}; move it or choose another --run-dir")
         say(f"[{stage}] {final} was made with other knobs, inputs or code; it will be replaced")
-    lock = None
-    try:
-        if leads:
-            partial.mkdir(parents=True, exist_ok=True)
-            lock = _lock(partial)
-        if moving:
-            if leads and is_done(partial, key):  # else another command has ended the move in the meantime
-                _promote(partial, final)
-            return
-        if leads:
-            begun = key_file.read_text(encoding="utf-8") if key_file.exists() else None
-            if begun != key:
-                if begun is not None:
-                    say(f"[{stage}] work that was begun with other knobs, inputs or code is dropped")
-                for old in (path for path in partial.iterdir() if path.suffix != ".part"):
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-                key_file.write_text(key, encoding="utf-8")
+    with _errors_told(stage, partial), _work_in(partial, key) if leads else nullcontext():
         if team:
             team.wait_for_everyone()  # the folder is ready
         result = main(replace(run, out=partial))
@@ -384,8 +366,9 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             return
         for kept in (path for pattern in WORK for path in partial.glob(pattern)):
             kept.unlink()
-        outputs = [p for p in sorted(partial.rglob("*")) if p.is_file() and p != key_file and p.stem != "report"]
-        hashes = {p.relative_to(partial).as_posix(): _sha256(p) for p in outputs}
+        (partial / "key").unlink()  # whoever finds the folder from here on starts anew
+        outputs = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.stem != "report"]
+        hashes = {path.relative_to(partial).as_posix(): _sha256(path) for path in outputs}
         seconds = round(time.time() - started, 2)
         manifest = {
             "stage": stage,
@@ -401,7 +384,47 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             "versions": _versions(),
         }
         save_json(partial / "manifest.json", manifest)
-        _promote(partial, final)
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    say(f"[{stage}] {seconds:.1f} s, written to {final}")
+
+
+@contextmanager
+def _work_in(partial: Path, key: str) -> Iterator[None]:
+    """Hold the hidden folder for this process; it goes when nothing in it can be resumed.
+
+    Work begun with another key is wiped, but for files *.part, whose names tell what they are of.
+    Raises UserError when another command is at work in it.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)  # until it is closed or the process dies
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"another command is at work in {partial}; wait for it or stop it") from error
+    begun = partial / "key"
+    try:
+        if not begun.exists() or begun.read_text(encoding="utf-8") != key:
+            for old in (path for path in partial.iterdir() if path.suffix != ".part"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            begun.write_text(key, encoding="utf-8")
+        yield
+    finally:
+        if partial.is_dir() and [path.name for path in partial.iterdir()] == ["key"]:
+            shutil.rmtree(partial)
+        os.close(lock)
+
+
+@contextmanager
+def _errors_told(stage: str, partial: Path) -> Iterator[None]:
+    """One sentence for a full disk, a package that is missing, and too little memory."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"[{stage}] {error.filename or partial}: {error.strerror or error}") from error
     except ImportError as error:
@@ -416,12 +439,6 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             "set --checkpointing or, on a GPU, --load-in-4bit; on a CPU lower --n-threads (a batch each); what is done "
             "is kept, the next start goes on"
         ) from error  # case D21
-    finally:
-        if lock is not None:
-            if partial.is_dir() and {p.name for p in partial.iterdir()} <= {"key"}:
-                shutil.rmtree(partial)  # nothing to resume from
-            os.close(lock)
-    say(f"[{stage}] {seconds:.1f} s, written to {final}")
 
 
 def _team(stage: str, run: Run) -> Any:
@@ -448,33 +465,6 @@ def own_share(work: list, team: Any) -> Iterator[tuple[int, Any, bool]]:
     for first in range(0, len(work), team.num_processes):
         number = first + team.process_index
         yield number, work[number % len(work)], number < len(work)
-
-
-def _lock(folder: Path) -> int:
-    """Hold a folder for this process until the descriptor is closed or the process dies."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UserError(f"another command is at work in {folder}; wait for it or stop it") from error
-    return lock
-
-
-def _promote(partial: Path, final: Path) -> None:
-    """Put the whole partial folder in its final place; killed at any point, the next start ends the move."""
-    (partial / "key").unlink(missing_ok=True)
-    old = final.with_name(f".{final.name}.old")
-    _remove(old)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    """A link goes without what it points at: a folder of another run may stand in for one of this run's."""
-    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:
