@@ -11,11 +11,9 @@ and its results, RUN/compare.md the table.
 
 import itertools
 import os
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -46,32 +44,13 @@ def settings(grid: dict[str, Any]) -> list[str]:
 def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
     """Run stage commands, `n_jobs` at a time; the first that fails ends it all once those running are through.
 
-    Told to end (SIGTERM, as a scheduler does), those running are, too.
     Choice: memory is not estimated beforehand; `n_jobs` is the user's, and what is finished is kept.
     """
-    running: list[subprocess.Popen] = []
-    ended = threading.Event()
-
-    def run(command: list[str]) -> int:
-        if ended.is_set():
-            return 143
-        with subprocess.Popen(command) as process:
-            running.append(process)
-            return process.wait()
-
-    def end(*_: Any) -> None:
-        ended.set()
-        for process in running:
-            process.terminate()
-        sys.exit(143)
-
-    signal.signal(signal.SIGTERM, end)
     with ThreadPoolExecutor(n_jobs) as pool:
         try:
-            for future in as_completed([pool.submit(run, command) for command in commands]):
+            for future in as_completed([pool.submit(subprocess.call, command) for command in commands]):
                 if future.result() == -9:  # the system's way to say that memory is full
-                    fewer = f"; lower --n-jobs, now {n_jobs}" if n_jobs > 1 else ""
-                    raise UserError(f"a stage was killed, perhaps for want of memory{fewer}")
+                    raise UserError(f"a stage was killed, perhaps for want of memory; --n-jobs is {n_jobs}")
                 if code := future.result():
                     raise SystemExit(code)
         finally:

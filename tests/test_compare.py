@@ -2,9 +2,7 @@
 
 import dataclasses
 import os
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +25,7 @@ def test_a_text_where_a_grid_wants_a_list_is_refused():  # case B16: never its s
 
 def test_a_training_that_was_killed_names_the_number_of_jobs():
     killed = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    with pytest.raises(UserError, match=r"a stage was killed, perhaps for want of memory; lower --n-jobs, now 2$"):
+    with pytest.raises(UserError, match=r"a stage was killed, perhaps for want of memory; --n-jobs is 2$"):
         run_stages([killed], 2)
     with pytest.raises(SystemExit, match="3"):
         run_stages([[sys.executable, "-c", "raise SystemExit(3)"]], 2)
@@ -50,20 +48,6 @@ def test_a_failure_is_seen_while_another_training_still_runs(tmp_path):
     with pytest.raises(SystemExit):
         run_stages([["sleep", "3"], ["false"], *touch], 2)
     assert len(list(tmp_path.iterdir())) < 100
-
-
-def test_told_to_end_what_runs_ends_too_and_nothing_else_begins(tmp_path):
-    """As a scheduler ends a job: the process alone is told."""
-    touch = f"pathlib.Path({str(tmp_path)!r}, str(time.time())).touch()"
-    code = f"import pathlib, time; {touch}; time.sleep(5); {touch}"
-    command = f"from hnlm_ref.compare import run_stages; run_stages([[{sys.executable!r}, '-c', {code!r}]] * 4, 2)"
-    process = subprocess.Popen([sys.executable, "-c", command])
-    while len(list(tmp_path.iterdir())) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.terminate()
-    assert process.wait() == 143
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 NAMES = ("uniform", "dns@pool_size=2", "dns@pool_size=4", "hnlm")
