@@ -138,13 +138,13 @@ def resolve(config: type, *layers: tuple[str, dict]) -> Any:
 
 
 def method_knobs(tables: dict[str, dict], method: str) -> dict:
-    """The overrides of a method; one without a table is the sampler of that name. "dns@pool_size=8" changes a knob."""
+    """What a method's table in the preset sets, and what its name changes: "dns@pool_size=8"."""
     if "/" in method or method.startswith(".") or method in ("", "generated"):
         raise UserError(
             f"method {method!r}: it names a folder: no slash, no dot at first, nor 'generated' as stage 3's"
         )
     name, *changes = method.split("@")
-    return tables.get("methods", {}).get(name, {"sampler": name}) | dict(c.partition("=")[::2] for c in changes)
+    return tables.get("methods", {}).get(name, {}) | dict(change.partition("=")[::2] for change in changes)
 
 
 # ---- command lines ----------------------------------------------------------------------------------------------
@@ -198,14 +198,10 @@ class StageCommand(click.Command):
     main    (config, Run) -> {"counts": ..., "timing": ...}
     reads   names of the stages it reads, or a function of (config, Run) giving them
     files   function of the config giving names of outside files that go into the result
-    folder  function of (config, Run) giving the stage's folder; the stage's name if not given
     """
 
-    def __init__(
-        self, stage: str, config: type, main: Callable, reads: Any = (), files: Any = None, folder: Any = None
-    ):
-        self.stage, self.config, self.main_function, self.reads = stage, config, main, reads
-        self.files, self.folder = files or (lambda cfg: ()), folder or (lambda cfg, run: stage)
+    def __init__(self, stage: str, config: type, main: Callable, reads: Any = (), files: Any = lambda cfg: ()):
+        self.stage, self.config, self.main_function, self.reads, self.files = stage, config, main, reads, files
         self.source = Path(main.__code__.co_filename)
         help = inspect.cleandoc(main.__globals__["__doc__"] or "").partition("\n\n")[0]
         several = () if stage == "eval" else ("n_seeds", "methods")  # only eval looks at more than one training
@@ -217,13 +213,13 @@ class StageCommand(click.Command):
         """The stage's knobs from all layers. Training reads its method's table too."""
         layers = [(f"preset [{self.stage}]", tables.get(self.stage, {}))]
         if self.stage == "train":
-            method = typed[1].get("method") or tables.get("train", {}).get("method") or "uniform"
-            knobs, name = {"method": method, **method_knobs(tables, method)}, method.partition("@")[0]
-            samplers = next(f.metadata["choices"] for f in dataclasses.fields(self.config) if f.name == "sampler")
-            if name in samplers:  # a table that changes a knob of dns alone is one of dns
-                knobs.setdefault("sampler", name)
+            method = (layers[0][1] | typed[1]).get("method", "uniform")
+            name = method.partition("@")[0]
             known = name in tables.get("methods", {})
             where = f"preset [methods.{method}]" if known else f"method {method!r}, which has no table in a preset"
+            samplers = next(f.metadata["choices"] for f in dataclasses.fields(self.config) if f.name == "sampler")
+            own = {"sampler": name} if name in samplers or not known else {}  # a table under a sampler's name is of it
+            knobs = {"method": method} | own | method_knobs(tables, method)
             layers.append((where, {k: v for k, v in knobs.items() if k not in typed[1]}))
         return resolve(self.config, *layers, typed)
 
@@ -231,7 +227,8 @@ class StageCommand(click.Command):
         """Folder, knobs, input fingerprints and key of this stage."""
         knobs = dataclasses.asdict(cfg)
         inputs = run.inputs(self.reads(cfg, run) if callable(self.reads) else self.reads)
-        return self.folder(cfg, run), knobs, inputs, stage_key(knobs, run.seed, inputs, self.files(cfg), self.source)
+        folder = f"train/{cfg.method}/seed{run.seed}" if self.stage == "train" else self.stage
+        return folder, knobs, inputs, stage_key(knobs, run.seed, inputs, self.files(cfg), self.source)
 
     def _call(self, preset: str | None, quiet: bool, **params: Any) -> None:
         with system_errors_told():

@@ -223,13 +223,6 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     }
 
 
-command = StageCommand(
-    "train",
-    TrainConfig,
-    main,
-    reads=reads,
-    files=lambda cfg: [cfg.generate_dir] if cfg.generate_dir else [],
-    folder=lambda cfg, run: f"train/{cfg.method}/seed{run.seed}",
-)
+command = StageCommand("train", TrainConfig, main, reads, lambda cfg: [cfg.generate_dir] if cfg.generate_dir else [])
 if __name__ == "__main__":
     command()
