@@ -12,9 +12,7 @@ stand in the manifest and in report files alone, which the fingerprint leaves ou
 keys.
 """
 
-import ast
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -305,24 +303,14 @@ def is_done(folder: Path, key: str) -> bool:
     return path.exists() and load_json(path).get("key") == key
 
 
-@functools.cache
-def _imports(file: Path) -> set[Path]:
-    """The modules of this package that a file imports, wherever in it the import stands."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom):
-            package, *names = (node.module or "").split(".")
-            names = names or [alias.name for alias in node.names]
-            found |= {Path(__file__).with_name(f"{name}.py") for name in names if package == "hnlm_ref"}
-    return {module for module in found if module.exists()}
-
-
 def sources(file: Path) -> list[Path]:
-    """A stage's file and the modules of this package behind it, also those imported by others; sorted by name."""
+    """A stage's file and the modules of this package that it or one of them imports, wherever; sorted by name."""
     found, todo = set[Path](), {file}
     while todo:
-        found |= todo
-        todo = set[Path]().union(*map(_imports, todo)) - found
+        found.add(path := todo.pop())
+        imports = re.findall(r"^\s*from hnlm_ref[. ]([^(\n]*(?:\([^)]*\))?)", path.read_text(encoding="utf-8"), re.M)
+        modules = (Path(__file__).with_name(f"{word}.py") for word in re.findall(r"\w+", " ".join(imports)))
+        todo |= {module for module in modules if module.exists()} - found
     return sorted(found, key=lambda path: path.name)
 
 
