@@ -286,9 +286,6 @@ def test_a_set_of_pairs_is_sorted_unique_and_keeps_empty_rows():
     assert csr.degrees().tolist() == [1, 0, 2, 0]
     both = csr.union(Csr.from_pairs(np.array([1, 2]), np.array([4, 1]), 4, 5))
     assert both.pairs().tolist() == [[0, 3], [1, 4], [2, 0], [2, 1]]
-    for rows, cols, sentence in (([4], [0], "row 4 is"), ([1], [5], "column 5 is"), ([1], [-1], "column -1 is")):
-        with pytest.raises(IndexError, match=f"{sentence} outside 0 to"):
-            Csr.from_pairs(np.array(rows), np.array(cols), 4, 5)
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_pip_line():
@@ -297,9 +294,6 @@ def test_a_package_that_is_not_installed_is_named_with_its_pip_line():
     with pytest.raises(UserError, match=r"holds no 'nothing\.txt'"):
         resolve_path("package:numpy/nothing.txt")
     assert resolve_path("package:numpy/__init__.py").name == "__init__.py"
-    for wrong in ("package:no.such/file", "package:/file", "package:typing/file"):  # typing is no folder
-        with pytest.raises(UserError, match="is not installed"):
-            resolve_path(wrong)
 
 
 def test_an_input_is_known_by_content_a_folder_by_its_files_and_a_large_file_by_size_and_time(tmp_path, monkeypatch):
