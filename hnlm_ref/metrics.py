@@ -17,6 +17,7 @@ from hnlm_ref.artifacts import Csr
 from hnlm_ref.console import UserError
 
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")  # the order of _core.user_metrics
+N_RESAMPLES, N_FLIPS = 2_000, 10_000  # of the users' differences, for the interval and for p
 
 
 def evaluate(
@@ -76,23 +77,22 @@ def match_users(a: dict[str, float], b: dict[str, float], names: Sequence[str] =
     return np.array([list(kept[0].values()), [kept[1][key] for key in kept[0]]], np.float64)
 
 
-def compare(a: np.ndarray, b: np.ndarray, n_samples: int = 2_000, seed: int = 0) -> dict[str, float]:
+def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """Paired comparison of a metric in two runs: mean of a - b, its 95 % bootstrap interval, p of the sign flip.
 
-    a, b       float64 [U], the same users in the same order, NaN in both for the same users
-    n_samples  resamples of the users for the interval
+    a, b  float64 [U], the same users in the same order, NaN in both for the same users
     """
-    p, diff = sign_flip_p(a, b, seed=seed), (a - b)[~np.isnan(a)]
-    rng = np.random.default_rng(seed)
-    means = _blocks(lambda n: diff[rng.integers(0, len(diff), (n, len(diff)))].mean(1), n_samples, len(diff))
+    p, diff = sign_flip_p(a, b), (a - b)[~np.isnan(a)]
+    rng = np.random.default_rng(0)
+    means = _blocks(lambda n: diff[rng.integers(0, len(diff), (n, len(diff)))].mean(1), N_RESAMPLES, len(diff))
     low, high = np.percentile(means, [2.5, 97.5])
     return {"users": len(diff), "difference": float(diff.mean()), "low": float(low), "high": float(high), "p": p}
 
 
-def sign_flip_p(a: np.ndarray, b: np.ndarray, n_samples: int = 10_000, seed: int = 0) -> float:
+def sign_flip_p(a: np.ndarray, b: np.ndarray) -> float:
     """Two-sided p of the paired sign-flip permutation test between two per-user arrays (case G02).
 
-    a, b     float64 [U], the same users in the same order, NaN in both for the same users
+    a, b  float64 [U], the same users in the same order, NaN in both for the same users
     Exact (all 2^n sign patterns) up to 16 users that differ, sampled with the identity counted above that.
     All differences zero give 1.
     Raises ValueError when the lengths or the users with NaN differ, or no user is left.
@@ -107,15 +107,15 @@ def sign_flip_p(a: np.ndarray, b: np.ndarray, n_samples: int = 10_000, seed: int
     if len(diff) <= 16:
         signs = 1 - 2 * ((np.arange(2 ** len(diff))[:, None] >> np.arange(len(diff))) & 1)
         return float(np.mean(np.abs(signs @ diff) >= observed))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n_bytes = (len(diff) + 7) // 8
 
     def flipped(n: int) -> np.ndarray:
         bits = np.unpackbits(rng.integers(0, 256, (n, n_bytes), np.uint8), axis=1, count=len(diff))
         return diff.sum() - 2 * (bits.astype(np.float64) @ diff)
 
-    sums = _blocks(flipped, n_samples, len(diff))
-    return (1 + int((np.abs(sums) >= observed).sum())) / (n_samples + 1)
+    sums = _blocks(flipped, N_FLIPS, len(diff))
+    return (1 + int((np.abs(sums) >= observed).sum())) / (N_FLIPS + 1)
 
 
 def _blocks(sample: Callable[[int], np.ndarray], n_samples: int, width: int) -> np.ndarray:
