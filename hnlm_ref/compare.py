@@ -123,9 +123,7 @@ def compare(
         trainings = view.training(variant)
         row: dict[str, Any] = {"method": method, "chosen": variant, "settings tried": len(tried[method])}
         for name in (f"recall@{view.k}", column):
-            values = view.values(variant, name)
-            row[name] = statistics.fmean(values)
-            row[f"{name} spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
+            row[name], row[f"{name} spread"] = view.score(variant, name)
         row["seconds per epoch"] = statistics.fmean(t["timing"]["seconds_per_epoch"] for t in trainings)
         row["epochs to best"] = statistics.fmean(t["counts"]["best epoch"] for t in trainings)
         row["knobs"] = {knob: trainings[0]["knobs"][knob] for knob in SHARED}

@@ -32,17 +32,15 @@ def every(views: list[View]) -> list[tuple[View, str, str]]:
 def result_rows(views: list[View]) -> Cells:
     """Methods by metrics: mean and spread (sample standard deviation) over seeds, seconds of a training's epochs."""
     columns = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in views[0].metrics["k"]]
-    found = [["method", *columns, "seeds", "seconds"]]
+    told = views[0].metrics
+    of = f"method (over a subset of {told['users']} users)" if told["subset"] else "method"
+    found = [[of, *columns, "seeds", "seconds"]]
     for view, method, label in every(views):
         seconds = statistics.fmean(sum(manifest["timing"]["epoch_seconds"]) for manifest in view.training(method))
-        cells = [mean_and_spread(view.values(method, column)) for column in columns]
-        found.append([label, *cells, str(len(view.methods[method])), f"{seconds:.1f}"])
+        n_seeds, scores = len(view.methods[method]), (view.score(method, column) for column in columns)
+        cells = [f"{mean:.4f}" + (f" ±{spread:.4f}" if n_seeds > 1 else "") for mean, spread in scores]
+        found.append([label, *cells, str(n_seeds), f"{seconds:.1f}"])
     return found
-
-
-def mean_and_spread(values: list[float]) -> str:
-    spread = f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{spread}"
 
 
 def comparison_rows(views: list[View]) -> Cells:
@@ -95,9 +93,7 @@ def lay_out(cells: Cells) -> str:
 
 def table(run_dir: Path) -> str:
     """Methods by metrics as text."""
-    view = View(run_dir)
-    marked = f"\nevaluated on a subset of {view.metrics['users']} users" if view.metrics["subset"] else ""
-    return lay_out(result_rows([view])) + marked
+    return lay_out(result_rows([View(run_dir)]))
 
 
 def head(view: View) -> str:
@@ -107,15 +103,6 @@ def head(view: View) -> str:
     model = Path(view.stages["sft"]["knobs"]["model"]).name if "sft" in view.stages else "none"
     text = f"{view.name}: {counts['users']:,} users, {counts['items']:,} items, {parts} train / valid / test pairs"
     return f"{text}; {recommender['backbone']} with {recommender['dim']} dimensions; language model: {model}"
-
-
-def outcome(view: View) -> str:
-    """Who is first, in a sentence."""
-    means = {method: statistics.fmean(view.values(method, f"ndcg@{view.k}")) for method in view.methods}
-    best, *others = sorted(means, key=lambda method: -means[method])
-    second = f", before {others[0]} with {means[others[0]]:.4f}" if others else ""
-    users = f"{view.metrics['users']:,} users" + (" (a subset)" if view.metrics["subset"] else "")
-    return f"Over {users}, {best} has the highest ndcg@{view.k}: {means[best]:.4f}{second}."
 
 
 def generated_line(view: View) -> str:
@@ -201,8 +188,7 @@ def draw(views: list[View]) -> dict[str, str]:
     named, k = every(views), views[0].k
     points: list[pictures.Point] = []
     for view, method, label in named:
-        values = view.values(method, f"ndcg@{k}")
-        centre, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        centre, spread = view.score(method, f"ndcg@{k}")
         points.append((label, centre, centre - spread, centre + spread, None))
     found = {"Ranking quality": pictures.intervals("quality", points, f"test ndcg@{k}")}
     for title, key, by_second, x_label, y_label in CURVES:
@@ -245,7 +231,7 @@ def write(views: list[View], path: Path, n_explored: int = 200) -> None:
     """Write the page: one file that needs no other, and no network."""
     parts = {
         "title": html.escape("HNLMRec: " + " and ".join(view.name for view in views)),
-        "lead": "".join(f"<p>{html.escape(head(view))}. {html.escape(outcome(view))}</p>" for view in views),
+        "lead": "".join(f"<p>{html.escape(head(view))}</p>" for view in views),
         "tables": _table(result_rows(views)) + _table(comparison_rows(views)),
         "pictures": "".join(
             f"<figure><h3>{title}</h3>{svg}<figcaption>{CAPTIONS[title]}</figcaption></figure>"

@@ -3,6 +3,7 @@
 Numbers become what the log called them (keys, titles) only here and in the export.
 """
 
+import statistics
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -80,9 +81,10 @@ class View:
         example = self.prep.users[0]["key"]
         raise UserError(f"--user {key}: {self.run.dir / 'prep'} has no such user; a key looks like {example!r}")
 
-    def values(self, method: str, column: str) -> list[float]:
-        """One number per seed."""
-        return [seed[column] for seed in self.methods[method].values()]
+    def score(self, method: str, column: str) -> tuple[float, float]:
+        """Mean over seeds and sample standard deviation, 0 for one seed alone."""
+        values = [seed[column] for seed in self.methods[method].values()]
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
     def mean(self, method: str, key: str) -> list[float]:
         """Means over seeds of a group of numbers; NaN where a group is empty."""

@@ -13,7 +13,7 @@ import pytest
 from hnlm_ref import pictures, report
 from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json, save_jsonl, save_npy
 from hnlm_ref.console import UserError
-from hnlm_ref.report import compare, lay_out, mean_and_spread, table, write
+from hnlm_ref.report import compare, lay_out, table, write
 from hnlm_ref.view import View, load_generated, open_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -37,9 +37,13 @@ def marked_run(toy_run, tmp_path_factory):
     return run
 
 
-def test_the_table_gives_mean_and_sample_deviation_over_seeds():
+def test_a_score_is_mean_and_sample_deviation_over_seeds():
     """0.1 and 0.3: mean 0.2, sample standard deviation 0.1414."""
-    assert mean_and_spread([0.1, 0.3]) == "0.2000 ±0.1414" and mean_and_spread([0.25]) == "0.2500"
+    view = SimpleNamespace(methods={"a": {"seed0": {"x": 0.1}, "seed1": {"x": 0.3}}, "b": {"seed0": {"x": 0.25}}})
+    assert View.score(view, "a", "x") == pytest.approx((0.2, 0.02**0.5)) and View.score(view, "b", "x") == (0.25, 0.0)
+
+
+def test_the_columns_of_a_table_are_as_wide_as_their_widest_cell():
     assert lay_out([["a", "bb"], ["ccc", "d"]]) == "a    bb\nccc  d"
 
 
@@ -144,14 +148,14 @@ def test_pairs_without_a_readable_reply_are_there_again(tmp_path):
 def told_of(n_seeds: int = 2, **metrics) -> SimpleNamespace:
     """What the sentences and tables read of a view: dns has 0.1 and 0.3, hnlm 0.3 and 0.5 in every column."""
     methods = {method: {f"seed{n}": {} for n in range(n_seeds)} for method in ("dns", "hnlm")}
-    scores = {"dns": [0.1, 0.3], "hnlm": [0.3, 0.5]}
+    scores = {"dns": (0.2, 0.02**0.5), "hnlm": (0.4, 0.02**0.5)} if n_seeds > 1 else {"dns": (0.1, 0), "hnlm": (0.3, 0)}
     timing = [{"timing": {"epoch_seconds": [1.0, 2.0]}, "knobs": {"backbone": "mf", "dim": 8}},
               {"timing": {"epoch_seconds": [2.0]}}]  # fmt: skip
     counts = {"users": 1200, "items": 3400, "train": 5600, "valid": 7, "test": 8}
     return SimpleNamespace(
-        name="one", prefix="one: ", methods=methods, k=20, metrics={"k": [20], **metrics},
+        name="one", prefix="one: ", methods=methods, k=20, metrics={"k": [20], "subset": None, **metrics},
         stages={"prep": {"counts": counts}},
-        values=lambda method, column: scores[method][:n_seeds],
+        score=lambda method, column: scores[method],
         training=lambda method: timing[:n_seeds],
     )  # fmt: skip
 
@@ -165,11 +169,6 @@ def test_the_rows_and_sentences_of_a_run_by_hand(tmp_path):
     assert report.head(view) == f"{counts}; mf with 8 dimensions; language model: none"
     view.stages["sft"] = {"knobs": {"model": "hub/SmolLM2"}}
     assert report.head(view).endswith("; language model: SmolLM2")
-    best = "hnlm has the highest ndcg@20: 0.4000"
-    assert report.outcome(told_of(users=1200, subset=None)) == f"Over 1,200 users, {best}, before dns with 0.2000."
-    alone = told_of(users=7, subset=7)
-    del alone.methods["dns"]
-    assert report.outcome(alone) == f"Over 7 users (a subset), {best}."
     few = {"n": 1234, "distinct_items": 5600, "top_item_share": 0.125, "false": [0.02, 0.01, 0.03], "chance": 0.01}
     view = told_of(negatives={"dns": {**few, "percentile": 0.875}, "llm": {**few, "percentile": None, "chance": 0}})
     share = "2.00% (1.00% to 3.00%)"
