@@ -99,8 +99,6 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
         for stage_run, extra in trainings if stage == "train" else [(run, {})]:
             words: dict[str, Any] = extra | typed.get(stage, {})
             steps.append((command, command.configure(tables, ("-o", words)), stage_run, words))
-    if preset is None and "run_dir" not in typed_run:
-        say(f"no --preset: every knob has its default, the run lies in {run.dir}")
 
     from hnlm_ref.compare import run_stages
 
@@ -123,9 +121,10 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
             run_stages([line], 1)
         if command.stage == "prep":
             run.check_test()
-    from hnlm_ref.report import table
+    from hnlm_ref.report import lay_out, result_rows
+    from hnlm_ref.view import View
 
-    click.echo(table(run.dir))
+    click.echo(lay_out(result_rows([View(run.dir)])))
     click.echo(f"run folder: {run.dir}\nreport: {run.dir / 'eval' / 'report.html'}")
 
 

@@ -91,11 +91,6 @@ def lay_out(cells: Cells) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def table(run_dir: Path) -> str:
-    """Methods by metrics as text."""
-    return lay_out(result_rows([View(run_dir)]))
-
-
 def head(view: View) -> str:
     """The run in one line."""
     counts, recommender = view.stages["prep"]["counts"], view.training(next(iter(view.methods)))[0]["knobs"]
@@ -127,10 +122,13 @@ def show(run_dir: Path, key: str | None, as_json: bool) -> str:
             counts = {stage: manifest["counts"] for stage, manifest in view.stages.items()}
             seconds = {m: [manifest["timing"] for manifest in view.training(m)] for m in view.methods}
             return json.dumps({"metrics": view.metrics, "counts": counts, "timing": seconds}, ensure_ascii=False)
-        kinds = (comparison_rows, list_rows, negative_rows)
+        kinds = (result_rows, comparison_rows, list_rows, negative_rows)
         tables = (lay_out(cells) for rows in kinds if (cells := rows([view]))[1:])
-        return "\n\n".join([head(view), table(run_dir), *tables, generated_line(view)])
-    story = view.stories([view.number(key)])
+        return "\n\n".join([head(view), *tables, generated_line(view)])
+    numbers = {user["key"]: user["user"] for user in view.prep.users}
+    if key not in numbers:
+        raise UserError(f"--user {key}: {run_dir / 'prep'} has no such user; a key looks like {next(iter(numbers))!r}")
+    story = view.stories([numbers[key]])
     return json.dumps(story, ensure_ascii=False) if as_json else "\n".join(_lines(story["users"][0], story["items"]))
 
 

@@ -60,7 +60,7 @@ class View:
     def prep(self) -> Prep:
         return self.run.prep()
 
-    @cached_property
+    @property
     def split(self) -> dict[str, str]:
         """Fingerprints of the arrays of prep/: equal where users, items and parts have the same numbers."""
         return {name: hash for name, hash in self.run.manifest("prep")["files"].items() if name.endswith(".npy")}
@@ -72,14 +72,6 @@ class View:
     @cached_property
     def generated(self) -> dict[str, Any]:
         return load_generated(self.run)
-
-    def number(self, key: str) -> int:
-        """The number of the user with that raw key. Raises UserError when there is none."""
-        for user in self.prep.users:
-            if user["key"] == key:
-                return user["user"]
-        example = self.prep.users[0]["key"]
-        raise UserError(f"--user {key}: {self.run.dir / 'prep'} has no such user; a key looks like {example!r}")
 
     def score(self, method: str, column: str) -> tuple[float, float]:
         """Mean over seeds and sample standard deviation, 0 for one seed alone."""

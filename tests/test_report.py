@@ -13,7 +13,7 @@ import pytest
 from hnlm_ref import pictures, report
 from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json, save_jsonl, save_npy
 from hnlm_ref.console import UserError
-from hnlm_ref.report import compare, lay_out, table, write
+from hnlm_ref.report import compare, lay_out, result_rows, write
 from hnlm_ref.view import View, load_generated, open_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -49,7 +49,7 @@ def test_the_columns_of_a_table_are_as_wide_as_their_widest_cell():
 
 def test_the_table_names_every_method_and_the_numbers_of_metrics_json(toy_run):
     told = load_json(toy_run / "eval" / "metrics.json")["methods"]
-    lines = {line.split()[0]: line.split()[1:] for line in table(toy_run).splitlines()}
+    lines = {line.split()[0]: line.split()[1:] for line in lay_out(result_rows([View(toy_run)])).splitlines()}
     for method in ("uniform", "dns", "hnlm"):
         columns = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
         assert lines[method][:4] == [f"{told[method]['seed0'][column]:.4f}" for column in columns]
