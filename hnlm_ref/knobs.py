@@ -26,15 +26,9 @@ PRESETS = Path(__file__).parent / "presets"
 TABLES = ("run", *STAGES, "methods", "grid")  # of a preset
 
 
-def knob(
-    default: Any,
-    help: str,
-    choices: Iterable[str] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A dataclass field with its one-line help, and optionally its allowed words or its bounds (inclusive)."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+def knob(default: Any, help: str, choices: Iterable[str] = (), **bounds: float) -> Any:
+    """A dataclass field with its one-line help, and perhaps its allowed words, or bounds low and high (inclusive)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **bounds})
 
 
 @dataclass(frozen=True)
@@ -187,8 +181,6 @@ def open_run(preset: str | None, quiet: bool, params: dict) -> tuple[dict[str, d
     name = Path(preset).stem if preset else "custom"
     folder = resolve_path(shared.run_dir.replace("{preset}", name))
     methods = tuple(dict.fromkeys(shared.methods))
-    for method in methods:
-        method_knobs(tables, method)  # refuses a name that cannot be a folder
     return tables, Run(folder, shared.seed, shared.device, shared.n_threads, preset, methods, shared.n_seeds)
 
 
