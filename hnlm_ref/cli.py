@@ -7,7 +7,6 @@ command first, so what a reader sees is what a reader can type.
 import dataclasses
 import runpy
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ def stage_file(stage: str) -> Path:
     """The one file of a stage: beside the package in the source tree, inside it in an installed wheel."""
     name = f"{STAGES.index(stage) + 1:02d}_{stage}.py"
     beside = Path(__file__).parents[1] / "stages" / name
-    path = beside if beside.exists() else Path(__file__).parent / "stages" / name
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return beside if beside.exists() else Path(__file__).parent / "stages" / name
 
 
 def load_stage(stage: str) -> StageCommand:
     """The command of a stage, from its file, which no import can name: it begins with a digit."""
-    return runpy.run_path(str(stage_file(stage).resolve()))["command"]
+    return runpy.run_path(str(stage_file(stage)))["command"]
 
 
 class _Group(click.Group):
@@ -97,24 +95,14 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     for stage in STAGES:  # every knob is checked before anything runs
         command = load_stage(stage)
         for stage_run, extra in trainings if stage == "train" else [(run, {})]:
-            words: dict[str, Any] = extra | typed.get(stage, {})
+            words = extra | typed.get(stage, {})
             steps.append((command, command.configure(tables, ("-o", words)), stage_run, words))
 
     from hnlm_ref.compare import run_stages
 
     for command, cfg, stage_run, words in steps:
         folder, _, _, key = command.plan(cfg, stage_run)
-        line = [sys.executable, str(stage_file(command.stage)), *(["--preset", preset] if preset else [])]
-        shown = {f.name for f in command.run_fields}
-        words = words | {name: value for name, value in typed_run.items() if name in shown}
-        words |= {"seed": stage_run.seed} if command.stage == "train" else {}
-        switches = {f.name for f in dataclasses.fields(command.config) if f.type is bool}
-        for name, value in words.items():
-            flag = name.replace("_", "-")
-            if name in switches:
-                line.append(f"--{flag}" if cast(bool, value) else f"--no-{flag}")
-            else:
-                line += [f"--{flag}", str(value)]
+        line = command.line({"preset": preset, **typed_run, **words, "seed": stage_run.seed})
         done = is_done(run.dir / folder, key)
         say(("# done: " if done else "$ ") + shlex.join(["python", *line[1:]]))
         if not done:

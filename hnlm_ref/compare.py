@@ -13,7 +13,6 @@ import itertools
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -74,11 +73,10 @@ def compare(
         if name not in known:
             raise UserError(f"preset [grid.{name}]: no such method is compared; {unknown(name, known)}")
     n_threads = max(1, (run.n_threads or os.cpu_count() or 1) // n_jobs)
-    common = ["--run-dir", str(run.dir), *(["--preset", run.preset] if run.preset else []), "--device", run.device_knob]
+    shared = {"preset": run.preset, "run_dir": run.dir, "device": run.device_knob}
 
     def train(method: str, seed: int) -> list[str]:
-        words = ["--method", method, "--seed", str(seed), "--n-threads", str(n_threads)]
-        return [sys.executable, str(stages["train"].source), *common, *words]
+        return stages["train"].line({**shared, "method": method, "seed": seed, "n_threads": n_threads})
 
     # Tune: the first seed of every setting; validation says which one is kept.
     suffixes = [f"@backbone={backbone}" for backbone in backbones] or [""]
@@ -108,8 +106,8 @@ def compare(
     # Train the chosen with all seeds, and evaluate.
     seeds = range(run.seed, run.seed + run.n_seeds)
     run_stages((train(variant, seed) for variant in chosen.values() for seed in seeds), n_jobs)
-    words = ["--methods", ",".join(chosen.values()), "--n-seeds", str(run.n_seeds), "--seed", str(run.seed)]
-    run_stages([[sys.executable, str(stages["eval"].source), *common, *words]], 1)
+    words = {**shared, "methods": ",".join(chosen.values()), "n_seeds": run.n_seeds, "seed": run.seed}
+    run_stages([stages["eval"].line(words)], 1)
 
     # One row per method: means over users, then over seeds; the test pairs users, each the mean of its seeds.
     from hnlm_ref import metrics

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import sys
 import tomllib
 import types
 import typing
@@ -197,8 +198,8 @@ class StageCommand(click.Command):
         self.source = Path(main.__code__.co_filename)
         help = inspect.cleandoc(main.__globals__["__doc__"] or "").partition("\n\n")[0]
         several = () if stage == "eval" else ("n_seeds", "methods")  # only eval looks at more than one training
-        self.run_fields = [f for f in dataclasses.fields(RunConfig) if f.name not in several]
-        params: list[click.Parameter] = [*COMMON, *options(dataclasses.fields(config)), *options(self.run_fields)]
+        shared = [f for f in dataclasses.fields(RunConfig) if f.name not in several]
+        params: list[click.Parameter] = [*COMMON, *options(dataclasses.fields(config)), *options(shared)]
         super().__init__(stage, params=params, callback=self._call, help=help)
 
     def configure(self, tables: dict[str, dict], typed: tuple[str, dict]) -> Any:
@@ -214,6 +215,18 @@ class StageCommand(click.Command):
             knobs = {"method": method} | own | method_knobs(tables, method)
             layers.append((where, {k: v for k, v in knobs.items() if k not in typed[1]}))
         return resolve(self.config, *layers, typed)
+
+    def line(self, words: dict[str, Any]) -> list[str]:
+        """What to type for this stage with these options; those that it does not have are left out."""
+        here = Path.cwd()
+        line = [sys.executable, str(self.source.relative_to(here) if self.source.is_relative_to(here) else self.source)]
+        for option in self.params:
+            value = words.get(option.name or "")
+            if value is not None and option.secondary_opts:
+                line += (option.opts if cast(bool, value) else option.secondary_opts)[:1]
+            elif value is not None:
+                line += [option.opts[0], str(value)]
+        return line
 
     def plan(self, cfg: Any, run: Run) -> tuple[str, dict, dict, str]:
         """Folder, knobs, input fingerprints and key of this stage."""

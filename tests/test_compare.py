@@ -87,8 +87,8 @@ def finished(tmp_path, monkeypatch):
     return run, batches
 
 
-def python_of(stage, run, *words):
-    return [sys.executable, str(load_stage(stage).source), "--run-dir", str(run.dir), *map(str, words)]
+def python_of(stage, run, **words):
+    return load_stage(stage).line({"run_dir": run.dir, **words})
 
 
 def test_compare_trains_every_setting_once_and_the_best_with_all_seeds(finished, capsys):
@@ -96,13 +96,12 @@ def test_compare_trains_every_setting_once_and_the_best_with_all_seeds(finished,
     tables, stages = {"grid": {"dns": {"pool_size": [2, 4]}}}, {name: load_stage(name) for name in ("train", "eval")}
     text = compare.compare(run, tables, stages, (), 2)
     assert "budgets differ: uniform 1 settings, dns 2 settings, hnlm 1 settings" in capsys.readouterr().err
-    common = "--device", "auto"
     tuned, trained = (
-        [python_of("train", run, *common, "--method", v, "--seed", s, "--n-threads", 2) for v in some for s in seeds]
+        [python_of("train", run, device="auto", method=v, seed=s, n_threads=2) for v in some for s in seeds]
         for some, seeds in ((NAMES, [5]), ((*NAMES[:2], NAMES[3]), [5, 6]))
     )
-    words = "--methods", "uniform,dns@pool_size=2,hnlm", "--n-seeds", 2, "--seed", 5
-    assert batches == [(tuned, 2), (trained, 2), ([python_of("eval", run, *common, *words)], 1)]
+    words = {"methods": "uniform,dns@pool_size=2,hnlm", "n_seeds": 2, "seed": 5}
+    assert batches == [(tuned, 2), (trained, 2), ([python_of("eval", run, device="auto", **words)], 1)]
     told = load_json(run.dir / "compare.json")
     assert told["grid"]["dns"] == {"dns@pool_size=2": 0.4, "dns@pool_size=4": 0.2}
     assert [row["best other"] for row in told["rows"]] == ["dns", "hnlm", "dns"]
@@ -123,9 +122,8 @@ def test_compare_crosses_methods_and_backbones_and_shares_out_the_threads(finish
     with pytest.raises(UserError, match="is not finished"):
         compare.compare(run, {}, stages, ("lightgcn", "mf"), 4)
     names = "dns@backbone=lightgcn", "dns@backbone=mf"
-    words = "--preset", "toy", "--device", "cpu"
-    commands = [python_of("train", run, *words, "--method", v, "--seed", 5, "--n-threads", 1) for v in names]
-    assert batches == [(commands, 4)]
+    words = {"preset": "toy", "device": "cpu", "seed": 5, "n_threads": 1}
+    assert batches == [([python_of("train", run, method=name, **words) for name in names], 4)]
     save_json(run.dir / "prep" / "manifest.json", {"counts": {"valid": 0, "test": 9}})  # nothing is chosen on it
     alone = dataclasses.replace(run, n_seeds=1, methods=("uniform",))
     assert "| - |" in compare.compare(alone, {}, stages, (), 9)

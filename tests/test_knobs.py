@@ -184,6 +184,14 @@ def test_help_gives_each_knob_the_kind_of_its_value_and_its_default():
     assert "--n-seeds" not in text and "--methods" not in text
 
 
+def test_the_line_of_a_stage_names_the_options_that_it_has():
+    line = StageCommand("prep", Config, lambda cfg, run: {}).line
+    assert line({"n_seeds": 2, "preset": None})[1:] == [__file__.removeprefix(f"{Path.cwd()}/")]
+    words = {"seed": 3, "deep": "true", "n_epochs": 5, "preset": "toy", "method": "dns"}
+    assert line(words)[2:] == ["--preset", "toy", "--n-epochs", "5", "--deep", "--seed", "3"]
+    assert line({"deep": "false"})[2:] == ["--no-deep"]
+
+
 def test_every_field_carries_a_help_text():
     assert all(field.metadata["help"] for field in fields(Config))
 
