@@ -162,10 +162,9 @@ class View:
 def open_runs(folders: Sequence[Path]) -> list[View]:
     """Several runs for one page. Raises UserError when they were evaluated with different K."""
     views = [View(folder) for folder in folders]
-    for view in views[1:]:
-        if view.metrics["k"] != views[0].metrics["k"]:
-            told = (f"{v.run.dir}: {','.join(map(str, v.metrics['k']))}" for v in (views[0], view))
-            raise UserError(f"the runs were evaluated with different K ({'; '.join(told)}); rerun eval with one --k")
+    ks = {tuple(view.metrics["k"]) for view in views}
+    if len(ks) > 1:
+        raise UserError(f"the runs were evaluated with different K, {sorted(ks)}; rerun eval with one --k")
     if len({view.name for view in views}) < len(views):
         for view in views:
             view.name = str(view.run.dir)

@@ -114,26 +114,13 @@ def test_a_key_covers_the_stage_and_all_of_the_package_behind_it(tmp_path, monke
     assert key() == before
 
 
-def test_a_key_covers_the_order_of_what_is_read(tmp_path):
-    (tmp_path / "stage.py").touch()
-    one, other = {"train/a": "1", "train/b": "2"}, {"train/b": "2", "train/a": "1"}
-    keys = [artifacts.stage_key({}, 0, inputs, (), tmp_path / "stage.py") for inputs in (one, other)]
-    assert keys[0] != keys[1]
-
-
-def test_a_key_covers_knobs_and_seed(tmp_path):
-    (tmp_path / "stage.py").touch()
-    keys = {artifacts.stage_key({"k": k}, seed, {}, (), tmp_path / "stage.py") for k in (1, 2) for seed in (1, 2)}
-    assert len(keys) == 4
-
-
-def test_a_key_covers_the_version_of_the_package(tmp_path, monkeypatch):
-    (tmp_path / "stage.py").touch()
-    keys = []
-    for version in ("1", "2"):
-        monkeypatch.setattr(artifacts, "__version__", version)
-        keys.append(artifacts.stage_key({}, 0, {}, (), tmp_path / "stage.py"))
-    assert keys[0] != keys[1]
+def test_a_key_covers_knobs_seed_the_order_of_what_is_read_and_the_version(tmp_path, monkeypatch):
+    source, a, b = tmp_path / "stage.py", {"train/a": "1"}, {"train/b": "2"}
+    source.touch()
+    told = [({"k": k}, seed, inputs, (), source) for k in (1, 2) for seed in (1, 2) for inputs in (a | b, b | a)]
+    keys = {artifacts.stage_key(*some) for some in told}
+    monkeypatch.setattr(artifacts, "__version__", "other")
+    assert len(keys) == 8 and artifacts.stage_key(*told[0]) not in keys
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path):
