@@ -4,7 +4,6 @@ Order, strongest first: command line, `[methods.NAME]` of the preset (training o
 the dataclass. An unknown key or a value of the wrong kind stops the run with one sentence.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -54,15 +53,11 @@ def cast(kind: Any, value: Any) -> Any:
         if not isinstance(values, list | tuple):
             raise ValueError("a list is wanted")
         return tuple(cast(typing.get_args(kind)[0], v.strip() if isinstance(v, str) else v) for v in values if v != "")
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if kind is bool and isinstance(value, str):
-        value = {"true": True, "false": False}.get(value.lower(), value)
-    elif kind in (int, float) and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = kind(value)
-    if type(value) is not kind or value != value:
-        raise ValueError(f"{words[kind]} is wanted")
-    return value
+    try:
+        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
+    except (KeyError, ValueError):
+        words = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise ValueError(f"{words[kind]} is wanted") from None
 
 
 def check(field: dataclasses.Field, value: Any) -> Any:

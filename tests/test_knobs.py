@@ -55,7 +55,7 @@ def test_a_value_is_cast_to_the_type_of_its_knob(kind, value, wanted):
         ({"n_epochs": 2.5}, "preset: n_epochs = 2.5: a whole number is wanted"),
         ({"n_epochs": True}, "preset: n_epochs = True: a whole number is wanted"),
         ({"n_epochs": 0}, "preset: n_epochs = 0: at least 1 is wanted"),
-        ({"lr": float("nan")}, "preset: lr = nan: a number is wanted"),
+        ({"lr": "much"}, "preset: lr = 'much': a number is wanted"),
         ({"cut": -0.01}, "preset: cut = -0.01: at least 0 is wanted"),
         ({"cut": 1.01}, "preset: cut = 1.01: at most 1 is wanted"),
         ({"k": []}, "preset: k = []: at least one is wanted"),
