@@ -69,12 +69,12 @@ def match_users(a: dict[str, float], b: dict[str, float], names: Sequence[str] =
 
     Raises UserError when a user evaluated in one run is not in the other: users are never dropped (case G02).
     """
-    kept = [{key: value for key, value in run.items() if value == value} for run in (a, b)]
-    for run, other in ((1, 0), (0, 1)):
-        if missing := [key for key in kept[other] if key not in kept[run]]:
-            told = f"{len(missing)} users of the other run were not evaluated in {names[run]}"
-            raise UserError(f"{told}, for example {missing[0]!r}; compare runs of the same prepared data")
-    return np.array([list(kept[0].values()), [kept[1][key] for key in kept[0]]], np.float64)
+    a, b = ({key: value for key, value in run.items() if value == value} for run in (a, b))
+    for name, missing in zip(names, (b.keys() - a.keys(), a.keys() - b.keys()), strict=True):
+        if missing:
+            told = f"{len(missing)} users of the other run were not evaluated in {name}, for example {min(missing)!r}"
+            raise UserError(f"{told}; compare runs of the same prepared data")
+    return np.array([list(a.values()), [b[key] for key in a]])
 
 
 def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
