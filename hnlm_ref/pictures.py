@@ -31,13 +31,9 @@ def curves(name: str, series: Series, x_label: str, y_label: str, ticks: Sequenc
         axes.figure.legend(lines, list(series), loc="outside lower center", ncols=n_columns)
 
     n_columns = max(1, min(3, 60 // (8 + max(map(len, series)))))  # as many as long names leave room for
-    told = []
-    for label, found in series.items():
-        x, y = found[0]
-        each = ", ".join(f"{tick} {value:.3g}" for tick, value in zip(ticks, y, strict=False))
-        each = each or f"{y[0]:.3g} at {x[0]:.3g}, {y[-1]:.3g} at {x[-1]:.3g}, highest {max(y):.3g}"
-        told.append(f"{label}: {each}")
-    return _svg(draw, f"{y_label} by {x_label}. {'; '.join(told)}", name, 3 + 0.2 * -(-len(series) // n_columns))
+    firsts = {label: found[0][1] for label, found in series.items()}
+    told = "; ".join(f"{label}: {y[0]:.3g} to {y[-1]:.3g}, at most {max(y):.3g}" for label, y in firsts.items())
+    return _svg(draw, f"{y_label} by {x_label}. {told}", name, 3 + 0.2 * -(-len(series) // n_columns))
 
 
 def intervals(name: str, points: Sequence[Point], x_label: str) -> str:

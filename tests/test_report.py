@@ -414,7 +414,7 @@ def test_a_name_in_the_legend_may_begin_with_a_dash_below():
 
 def test_a_picture_takes_its_colours_from_the_page_and_tells_its_numbers():
     svg = pictures.curves("x", {"a<b": [([1, 2], [0.25, 0.5])]}, "epoch", "ndcg")
-    assert "var(--c0)" in svg and "#fe00" not in svg and "a&lt;b: 0.25 at 1, 0.5 at 2, highest 0.5" in svg
+    assert "var(--c0)" in svg and "#fe00" not in svg and "a&lt;b: 0.25 to 0.5, at most 0.5" in svg
 
 
 def test_as_many_lines_as_a_comparison_has_differ_in_colour_or_dash():
