@@ -62,8 +62,8 @@ def negative_rows(views: list[View]) -> Cells:
             share, low, high = told["false"]
             hard = "-" if told["percentile"] is None else f"{told['percentile']:.1%}"
             cells = [f"{told['n']:,}", f"{told['distinct_items']:,}", f"{told['top_item_share']:.2%}", hard]
-            ratio = f"{share / told['chance']:.1f}" if told["chance"] else "-"
-            cells += [f"{share:.2%} ({low:.2%} to {high:.2%})", f"{told['chance']:.2%}", ratio]
+            chance = told["chance"]  # never 0: all are of users with something held out
+            cells += [f"{share:.2%} ({low:.2%} to {high:.2%})", f"{chance:.2%}", f"{share / chance:.1f}"]
             found.append([view.prefix + source, *cells])
     return found
 
@@ -184,10 +184,8 @@ def draw(views: list[View]) -> dict[str, str]:
     from hnlm_ref import pictures
 
     named, k = every(views), views[0].k
-    points: list[pictures.Point] = []
-    for view, method, label in named:
-        centre, spread = view.score(method, f"ndcg@{k}")
-        points.append((label, centre, centre - spread, centre + spread, None))
+    scores = {label: view.score(method, f"ndcg@{k}") for view, method, label in named}
+    points: list[pictures.Point] = [(label, m, m - spread, m + spread, None) for label, (m, spread) in scores.items()]
     found = {"Ranking quality": pictures.intervals("quality", points, f"test ndcg@{k}")}
     for title, key, by_second, x_label, y_label in CURVES:
         series = {label: curves for view, method, label in named if (curves := view.curves(method, key, by_second))}
@@ -195,9 +193,8 @@ def draw(views: list[View]) -> dict[str, str]:
             found[title] = pictures.curves(f"{key[:3]}{by_second:d}", series, x_label, y_label)
     for title, key, x_label, y_label in GROUPS:
         means = {label: view.mean(method, key) for view, method, label in named}
-        places = range(1, 1 + len(means[named[0][2]]))
-        groups = {label: [(places, values)] for label, values in means.items()}
-        ticks = LISTS if key == "lists" else [str(place) for place in places]
+        groups = {label: [(range(1, 1 + len(values)), values)] for label, values in means.items()}
+        ticks = LISTS if key == "lists" else ()
         found[title] = pictures.curves(key, groups, x_label.format(k=k), y_label.format(k=k), ticks)
     points = []
     for view in views:

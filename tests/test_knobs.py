@@ -192,10 +192,6 @@ def test_the_line_of_a_stage_names_the_options_that_it_has():
     assert line({"deep": "false"})[2:] == ["--no-deep"]
 
 
-def test_every_field_carries_a_help_text():
-    assert all(field.metadata["help"] for field in fields(Config))
-
-
 def test_a_preset_lies_over_the_one_it_extends(tmp_path):
     (tmp_path / "low.toml").write_text("[run]\nseed = 1\nn_seeds = 2\n[methods.a]\nlr = 0.1\ndim = 8\n")
     (tmp_path / "high.toml").write_text(

@@ -170,11 +170,11 @@ def test_the_rows_and_sentences_of_a_run_by_hand(tmp_path):
     view.stages["sft"] = {"knobs": {"model": "hub/SmolLM2"}}
     assert report.head(view).endswith("; language model: SmolLM2")
     few = {"n": 1234, "distinct_items": 5600, "top_item_share": 0.125, "false": [0.02, 0.01, 0.03], "chance": 0.01}
-    view = told_of(negatives={"dns": {**few, "percentile": 0.875}, "llm": {**few, "percentile": None, "chance": 0}})
+    view = told_of(negatives={"dns": {**few, "percentile": 0.875}, "llm": {**few, "percentile": None}})
     share = "2.00% (1.00% to 3.00%)"
     assert report.negative_rows([view])[1:] == [
         ["one: dns", "1,234", "5,600", "12.50%", "87.5%", share, "1.00%", "2.0"],
-        ["one: llm", "1,234", "5,600", "12.50%", "-", share, "0.00%", "-"],
+        ["one: llm", "1,234", "5,600", "12.50%", "-", share, "1.00%", "2.0"],
     ]
     assert report.generated_line(told_of(generated=None)) == "no generated negatives in this run"
     made = {"pairs": 1000, "without_match": 2000, "similarity": None, "status": {"ok": 3000, "bad": 1}}
@@ -207,7 +207,7 @@ def test_pictures_are_of_what_there_are_numbers_for(monkeypatch):
     )
     assert drawn["val1"] == ({"one: dns": [([1], [0.5])]}, "seconds of training", "validation ndcg@20")
     groups = {f"one: {method}": [(range(1, 4), [0.1, 0.2, 0.3])] for method in ("dns", "hnlm")}
-    assert drawn["by_activity"] == (groups, "users, least to most active", "ndcg@20", ["1", "2", "3"])
+    assert drawn["by_activity"] == (groups, "users, least to most active", "ndcg@20", ())
     assert drawn["lists"] == (groups, "lists of 20", "share", ("coverage", "Gini", "head share"))
     assert drawn["false"][0] == [("one: dns", 2, 1, 3, 0.5)]
     drawn.clear()
