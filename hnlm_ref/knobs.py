@@ -127,14 +127,18 @@ def resolve(config: type, *layers: tuple[str, dict]) -> Any:
     return config(**values)
 
 
-def method_knobs(tables: dict[str, dict], method: str) -> dict:
-    """What a method's table in the preset sets, and what its name changes: "dns@pool_size=8"."""
+def method_layer(tables: dict[str, dict], method: str, samplers: Collection[str]) -> tuple[str, dict]:
+    """What a method sets: its table in the preset, and the changes in its name, as in "dns@pool_size=8".
+
+    One without a table is the sampler of that name; a table under the name of a sampler is of that sampler.
+    """
     if "/" in method or method.startswith(".") or method in ("", "generated"):
-        raise UserError(
-            f"method {method!r}: it names a folder: no slash, no dot at first, nor 'generated' as stage 3's"
-        )
+        raise UserError(f"method {method!r} is a folder's name: no slash, no dot at first, nor 'generated' (stage 3's)")
     name, *changes = method.split("@")
-    return tables.get("methods", {}).get(name, {}) | dict(change.partition("=")[::2] for change in changes)
+    table = tables.get("methods", {}).get(name)
+    where = f"method {method!r}, which has no table in a preset" if table is None else f"preset [methods.{method}]"
+    own = {"sampler": name} if table is None or name in samplers else {}
+    return where, own | (table or {}) | dict(change.partition("=")[::2] for change in changes)
 
 
 # ---- command lines ----------------------------------------------------------------------------------------------
@@ -202,12 +206,8 @@ class StageCommand(click.Command):
         layers = [(f"preset [{self.stage}]", tables.get(self.stage, {}))]
         if self.stage == "train":
             method = (layers[0][1] | typed[1]).get("method", "uniform")
-            name = method.partition("@")[0]
-            known = name in tables.get("methods", {})
-            where = f"preset [methods.{method}]" if known else f"method {method!r}, which has no table in a preset"
             samplers = next(f.metadata["choices"] for f in dataclasses.fields(self.config) if f.name == "sampler")
-            own = {"sampler": name} if name in samplers or not known else {}  # a table under a sampler's name is of it
-            knobs = {"method": method} | own | method_knobs(tables, method)
+            where, knobs = method_layer(tables, method, samplers)
             layers.append((where, {k: v for k, v in knobs.items() if k not in typed[1]}))
         return resolve(self.config, *layers, typed)
 

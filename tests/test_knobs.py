@@ -10,7 +10,7 @@ import pytest
 from hnlm_ref.artifacts import STAGES, Run
 from hnlm_ref.cli import load_stage
 from hnlm_ref.console import QUIET, UserError
-from hnlm_ref.knobs import RunConfig, StageCommand, cast, check, knob, load_preset, method_knobs, open_run, resolve
+from hnlm_ref.knobs import RunConfig, StageCommand, cast, check, knob, load_preset, method_layer, open_run, resolve
 from hnlm_ref.profiles import AskConfig
 
 
@@ -116,12 +116,6 @@ def test_a_preset_with_an_unknown_table_or_broken_toml_is_refused(tmp_path):
         load_preset(str(tmp_path / "b.toml"))
 
 
-def test_a_method_is_its_table_and_what_its_name_changes():
-    tables = {"methods": {"hard": {"sampler": "dns"}}}
-    assert method_knobs(tables, "hard") == {"sampler": "dns"} and method_knobs(tables, "uniform") == {}
-    assert method_knobs(tables, "hard@pool_size=8@lr=1") == {"sampler": "dns", "pool_size": "8", "lr": "1"}
-
-
 def test_a_stage_gets_what_the_command_line_its_preset_and_the_defaults_say(tmp_path, monkeypatch):
     monkeypatch.setenv(QUIET, "")
     preset, seen = tmp_path / "mine.toml", []
@@ -154,7 +148,7 @@ def test_a_training_reads_the_table_of_its_method_between_the_stage_s_and_the_co
         ({}, Train("hard", "dns", 0.25)),
         ({"lr": 1.0}, Train("hard", "dns", 1.0)),
         ({"method": "uniform"}, Train("uniform", "uniform", 0.5)),
-        ({"method": "hard@lr=2"}, Train("hard@lr=2", "dns", 2.0)),
+        ({"method": "hard@lr=2@sampler=uniform"}, Train("hard@lr=2@sampler=uniform", "uniform", 2.0)),
         ({"method": "mine", "sampler": "dns"}, Train("mine", "dns", 0.5)),  # no sampler is called mine
     ):
         assert configure(tables, ("", words)) == wanted
@@ -220,4 +214,4 @@ def test_the_run_folder_may_begin_at_home(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", ".x", "..", "", "generated"])
 def test_a_method_cannot_leave_the_folder_of_the_run(name):
     with pytest.raises(UserError, match="no slash, no dot at first"):
-        method_knobs({}, name)
+        method_layer({}, name, ())

@@ -63,7 +63,7 @@ def test_help_of_all_shows_the_knobs_of_every_stage(cli):
         (("eval", "--preset", "toy", "--k", "0"), "'0': at least 1 is wanted"),
         (("eval", "--preset", "toy", "--k", ""), "'': at least one is wanted"),
         (("eval", "--preset", "toy", "--methods", ","), "',': at least one is wanted"),
-        (("all", "--preset", "toy", "--methods", "dns/../dns"), "it names a folder: no slash"),
+        (("all", "--preset", "toy", "--methods", "dns/../dns"), "is a folder's name: no slash"),
         (("prep", "--run-dir", "x" * 300), "File name too long"),
         (("train", "--preset", "toy", "--run-dir", "empty"), "run: hnlm-ref prep --preset toy --run-dir empty"),
     ],
