@@ -12,7 +12,6 @@ stand in the manifest and in report files alone, which the fingerprint leaves ou
 keys.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -24,18 +23,20 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
+from safetensors import SafetensorError
 
 from hnlm_ref import __version__
 from hnlm_ref.console import QUIET, UserError, say
 
 STAGES = ("prep", "sft", "generate", "train", "eval")
-WORK = ("*.part", "checkpoint.safetensors", "warm_up.safetensors", "shard*.npy")  # in progress, for a restart
+WORK = ("key", "*.part", "checkpoint.safetensors", "warm_up.safetensors", "shard*.npy")  # in progress, for a restart
 LARGE = 1 << 28  # bytes; Choice: larger input files are known by size and time of change, not by content
 
 
@@ -44,7 +45,13 @@ LARGE = 1 << 28  # bytes; Choice: larger input files are known by size and time 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to; rename it to `path` when the block ends well, remove it when it does not."""
+    """Give a temporary name to write to; rename it to `path` when the block ends well, remove it when it does not.
+
+    Of a link the target is replaced. Raises UserError for what is no file: /dev/null would be gone.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is there and is no file; choose another name")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -52,6 +59,15 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one sentence; every file was whole when its stage ended."""
+    try:
+        yield
+    except (ValueError, EOFError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete its folder and run the stage again") from error
 
 
 def no_half_characters(text: str) -> str:
@@ -65,7 +81,8 @@ def save_npy(path: Path, array: np.ndarray) -> None:
 
 
 def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
-    return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    with whole(path):
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -74,16 +91,17 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def load_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    with whole(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def load_jsonl(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8") as file:
+    with whole(path), path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -349,10 +367,9 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             team.destroy_process_group()
         if not leads:
             return
-        for kept in (path for pattern in WORK for path in partial.glob(pattern)):
-            kept.unlink()
-        (partial / "key").unlink()  # whoever finds the folder from here on starts anew
-        outputs = [path for path in sorted(partial.rglob("*")) if path.is_file() and path.stem != "report"]
+        work = [path for pattern in WORK for path in partial.glob(pattern)]
+        others = (path for path in sorted(partial.rglob("*")) if path.is_file() and path not in work)
+        outputs = [path for path in others if path.stem not in ("report", "manifest")]
         hashes = {path.relative_to(partial).as_posix(): _sha256(path) for path in outputs}
         seconds = round(time.time() - started, 2)
         manifest = {
@@ -369,6 +386,8 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             "versions": _versions(),
         }
         save_json(partial / "manifest.json", manifest)
+        for path in work:  # the key first: whoever finds the folder from here on starts anew
+            path.unlink()
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -386,11 +405,12 @@ def _work_in(partial: Path, key: str) -> Iterator[None]:
     Raises UserError when another command is at work in it.
     """
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)  # until it is closed or the process dies
+    lock = filelock.FileLock(
+        partial.with_suffix(".lock"), blocking=False
+    )  # held until it is released or the process dies
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
+        lock.acquire()
+    except filelock.Timeout as error:
         raise UserError(f"another command is at work in {partial}; wait for it or stop it") from error
     begun = partial / "key"
     try:
@@ -402,7 +422,9 @@ def _work_in(partial: Path, key: str) -> Iterator[None]:
     finally:
         if partial.is_dir() and [path.name for path in partial.iterdir()] == ["key"]:
             shutil.rmtree(partial)
-        os.close(lock)
+        with suppress(OSError):  # Windows deletes no open file
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ command first, so what a reader sees is what a reader can type.
 import dataclasses
 import runpy
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def main() -> None:
 
     prep -> sft -> generate -> train -> eval; `all` runs them in order.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a title may hold what the terminal cannot show
 
 
 class _All(click.Command):

@@ -49,7 +49,7 @@ def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
         try:
             for future in as_completed([pool.submit(subprocess.call, command) for command in commands]):
                 if future.result() == -9:  # the system's way to say that memory is full
-                    raise UserError(f"a stage was killed, perhaps for want of memory; --n-jobs is {n_jobs}")
+                    raise UserError("the system killed a stage, perhaps for want of memory; compare: lower --n-jobs")
                 if code := future.result():
                     raise SystemExit(code)
         finally:

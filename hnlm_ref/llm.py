@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hnlm_ref.artifacts import load_json, load_npy, resolve_path, save_json
+from hnlm_ref.artifacts import load_json, load_npy, resolve_path, save_json, whole
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.losses import one_thread, products_vary
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
@@ -513,7 +513,8 @@ class NegativeModel(nn.Module):
 
     def load_projections(self, folder: Path, head: bool = True) -> None:
         """The soft tokens of a saved model, and its head unless that is left out."""
-        own = load_file(folder / "projections.safetensors")
+        with whole(folder / "projections.safetensors"):
+            own = load_file(folder / "projections.safetensors")
         own = {name: t for name, t in own.items() if head or not name.startswith("head.")}
         assert not self.load_state_dict(own, strict=False).unexpected_keys
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hnlm_ref import losses, metrics
-from hnlm_ref.artifacts import Csr, atomic
+from hnlm_ref.artifacts import Csr, atomic, whole
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.recommender import Encoder, LightGCN, embeddings
 from hnlm_ref.samplers import Batch, Sampler, trainable_pairs
@@ -185,7 +185,7 @@ def save_checkpoint(path: Path, optimiser: torch.optim.Optimizer, state: dict, n
 def load_checkpoint(path: Path, optimiser: torch.optim.Optimizer, model: nn.Module) -> tuple[dict, dict]:
     """Put weights and optimiser back; returns the counters and the best weights."""
     parts: dict[str, dict] = {"now": {}, "best": {}}
-    with safe_open(path, "pt") as file:
+    with whole(path), safe_open(path, "pt") as file:
         state = json.loads(file.metadata()["state"])
         for key in file.keys():  # noqa: SIM118  (a file is no dict)
             part, _, name = key.rpartition("/")

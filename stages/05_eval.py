@@ -62,7 +62,8 @@ def main(cfg: EvalConfig, run: Run) -> dict:
 
     # One row of metrics per user, for every method and seed.
     (run.out / "per_user").mkdir(exist_ok=True)
-    k, results, negatives = max(cfg.k), {}, {}
+    ks, results, negatives = tuple(dict.fromkeys(cfg.k)), {}, {}
+    k = max(ks)
     for name in progress(run.trained(), desc="ranking", unit="training"):
         _, method, seed = name.split("/")
         folder = run.folder(name)
@@ -72,8 +73,8 @@ def main(cfg: EvalConfig, run: Run) -> dict:
                 raise UserError(f"{folder / side}.npy: the vector of {side} {numbers[row]} is not finite; train again")
         lists, _ = metrics.recommend(user_emb, item_emb, known, k, run.n_threads)  # int32 [n_users, K]
         ranks = _core.ranks_in_lists(lists, held_out.indptr, held_out.indices)  # int32 [test pairs]
-        per_user = np.full((len(metrics.METRICS) * len(cfg.k), prep.n_users), np.nan)  # [n_columns, U]
-        of_users = metrics.from_ranks(ranks, held_out, cfg.k)
+        per_user = np.full((len(metrics.METRICS) * len(ks), prep.n_users), np.nan)  # [n_columns, U]
+        of_users = metrics.from_ranks(ranks, held_out, ks)
         per_user[:, users] = list(of_users.values())
         save_npy(run.out / "per_user" / f"{method}-{seed}.npy", per_user)
         results.setdefault(method, {})[seed] = {
@@ -100,7 +101,7 @@ def main(cfg: EvalConfig, run: Run) -> dict:
     save_json(
         run.out / "metrics.json",
         {
-            "k": list(cfg.k),
+            "k": list(ks),
             "columns": list(of_users),
             "users": len(users),
             "users_without_test": n_without,
