@@ -202,13 +202,7 @@ def halves_up(share: Any) -> Any:
 
 
 def split(
-    log: Log,
-    how: str,
-    valid_ratio: float,
-    test_ratio: float,
-    rng: np.random.Generator,
-    valid_from: str | None = None,
-    test_from: str | None = None,
+    log: Log, how: str, ratios: tuple[float, float], starts: tuple[str | None, str | None], rng: np.random.Generator
 ) -> np.ndarray:
     """Part of each row of a log sorted by (user, item): 0 train, 1 valid, 2 test. int8 [n].
 
@@ -217,8 +211,10 @@ def split(
     leave-one     the user's last row is test; leave-two: the one before is valid as well; train keeps one at least
     time          test from `test_from` on, valid from `valid_from` on; where one is not given, the last `test_ratio`
                   of the rows, the `valid_ratio` of them before the test, equal times staying together (case A16)
+
+    Of `ratios` and `starts` (bounds as in `moment`) the first is validation's, the second the test's.
     """
-    n = len(log)
+    n, (valid_ratio, test_ratio), (valid_from, test_from) = len(log), ratios, starts
     if how in ("leave-one", "leave-two", "time") and log.time is None:
         raise UserError(f"--split {how} needs times, which the log lacks; use ratio or --time-unit order for sequences")
     if how == "time":
@@ -239,8 +235,7 @@ def split(
     group = np.zeros(n, np.int32) if how == "ratio-global" else log.user
     sizes = np.bincount(group, minlength=1)
     if how.startswith("leave"):
-        order = oldest_first(log)[::-1]
-        order = order[np.argsort(group[order], kind="stable")]
+        order = np.lexsort((-log.item, -log.time, group))  # type: ignore[operator]
         n_test, n_valid = np.ones_like(sizes), np.full_like(sizes, how == "leave-two")
     else:
         order = np.lexsort((rng.random(n), group))

@@ -91,14 +91,13 @@ def main(cfg: PrepConfig, run: Run) -> dict:
         counts["k-core passes"] = []
         log = data.renumber(data.k_core(log, cfg.k_core, counts["k-core passes"]))
         if not len(log):
-            found = f"{len(pairs):,} rows, largest k with data left: {data.largest_k(pairs)}"
-            cure = "lower k_core or widen the filters"
-            raise UserError(f"{log_path}: the {cfg.k_core}-core is empty ({found}); {cure}; {told(counts)}")
+            found = f"({len(pairs):,} rows, largest k with data left: {data.largest_k(pairs)})"
+            raise UserError(f"{log_path}: the {cfg.k_core}-core is empty {found}; {told(counts)}")
 
         # Part the pairs. Choice: what a random or last row tests may be an item never trained on, a later row may not.
         def split(log: data.Log) -> np.ndarray:
-            ratios, cuts = (cfg.valid_ratio, cfg.test_ratio), (cfg.valid_from, cfg.test_from)
-            return data.split(log, cfg.split, *ratios, np.random.default_rng(run.seed), *cuts)
+            ratios, starts = (cfg.valid_ratio, cfg.test_ratio), (cfg.valid_from, cfg.test_from)
+            return data.split(log, cfg.split, ratios, starts, np.random.default_rng(run.seed))
 
         log = replace(log, part=split(log))
         if cfg.split.startswith("leave"):
@@ -145,9 +144,8 @@ def main(cfg: PrepConfig, run: Run) -> dict:
 
 def told(counts: dict) -> str:
     """What happened to the rows, zeros left out."""
-    return ", ".join(
-        f"{k}: {v:,}" if isinstance(v, int) else f"{k}: {v}" for k, v in counts.items() if v and k != "format"
-    )
+    shown = {name: count for name, count in counts.items() if count and name != "format"}
+    return ", ".join(f"{k}: {v:,}" if isinstance(v, int) else f"{k}: {v}" for k, v in shown.items())
 
 
 def compare(readings: dict[str, tuple[int, int, int]], published: tuple[int, ...]) -> None:

@@ -292,7 +292,7 @@ def test_a_bound_in_time_that_is_not_given_follows_from_its_ratio():
     )
 
     def parts(valid_from, test_from, valid_ratio=0.1):
-        found = data.split(log, "time", valid_ratio, 0.2, np.random.default_rng(0), valid_from, test_from)
+        found = data.split(log, "time", (valid_ratio, 0.2), (valid_from, test_from), np.random.default_rng(0))
         return "".join("-ve"[part] for part in found)
 
     assert parts(None, None) == "-------vee"
@@ -593,7 +593,7 @@ def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
 def test_a_split_by_time_halves_rounded_up_and_a_ratio_of_0_leaves_its_part_empty(ratios, parts):
     keys, number = pl.Series(list("abcdefg")), np.arange(len(parts), dtype=np.int32)
     log = data.Log(keys[:1], keys, 0 * number, number, 0 * number, time=number.astype(float), unit="order")
-    assert data.split(log, "time", *ratios, np.random.default_rng(0)).tolist() == parts
+    assert data.split(log, "time", ratios, (None, None), np.random.default_rng(0)).tolist() == parts
 
 
 @pytest.mark.parametrize(
