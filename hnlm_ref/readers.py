@@ -205,16 +205,13 @@ def sniff(
     lines = [line for line in lines[: -1 if len(head) >= HEAD else None] if line.strip()] or [text]
     if lines[0].strip() == "{" or lines[0].startswith("["):
         raise UserError(f"{path} is one JSON value; write one object a line, as `jq -c '.[]'` does for a list")
-    if head.startswith(b"PAR1"):
-        kind = "parquet"
-    kind = kind or ("json" if lines[0].lstrip().startswith("{") and not sep else "delimited")
-    names: tuple[str, ...]
+    looks_like = "json" if lines[0].lstrip().startswith("{") and not sep else "delimited"
+    kind = "parquet" if head.startswith(b"PAR1") else kind or looks_like
     if kind == "parquet":
         try:
             first = pl.scan_parquet(path).head(1000).collect()
         except pl.exceptions.PolarsError as error:
-            why = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be read as Parquet ({why}); make it again") from error
+            raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
         names, records, header, sep, encoding = tuple(first.columns), first.to_dicts(), True, "", "utf-8"
     elif kind == "json":
         records = [record for line in lines if isinstance(record := value_of(line), dict)]
@@ -235,7 +232,7 @@ def sniff(
     if not header and not columns:
         order = FORMATS[format].columns or NO_HEADER if roles is LOG_ROLES else ("item", "title", "categories")
         order = order[: 2 if sep == "|" else None]  # MovieLens u.item: number, title, dates
-        columns = [f"{role}={n + 1}" for n, role in enumerate(order[: len(names)])]
+        columns = [f"{role}={place}" for role, place in zip(order, names, strict=False)]
     found = _roles(names, columns, roles, path)
     quote = format != "recbole" and (sep in (",", ";") or (sep == "\t" and _has_quotes(path, encoding)))
     guessed = time_unit == "auto"
@@ -330,9 +327,8 @@ def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...
         found = {r: c for r, c in found.items() if r != role} | ({role: column} if column else {})
     if twice := [r for r, c in found.items() if list(found.values()).count(c) > 1]:
         raise UserError(f"{path}: {found[twice[0]]!r} stands for {' and '.join(twice)}; drop one, as in {twice[-1]}=")
-    either = {"user": {"user"}, "item": {"item", "history"}}
-    lacking = [role for role, any_of in either.items() if role in roles and not any_of & set(found)]
-    if lacking:
+    there = {*found, "item" if "history" in found else ""}
+    if lacking := [role for role in ("user", "item") if role in roles and role not in there]:
         other = next((f"--sep {sep!r}, " for sep in SEPARATORS if len(names) == 1 and sep in names[0]), "")
         cure = f"{other}--columns user=NAME,item=NAME or --header false"
         told = f"no column for {' and '.join(lacking)} among the {len(names)} found ({', '.join(names)[:300]!r})"
