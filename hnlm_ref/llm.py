@@ -44,7 +44,6 @@ from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.losses import one_thread, products_vary
 from hnlm_ref.prompts import QUERY_END, QUERY_ITEM, QUERY_USER, fill, item_words
 
-TINY = "tiny"
 TEXT_TOKENS = 64  # of a text that are read for its vector
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -143,11 +142,11 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
     Returns (model, tokenizer), the model in eval mode on `device`, frozen; the tokenizer has a pad token (case D05).
     Raises UserError when there is no such model; with HF_HUB_OFFLINE=1 no network is tried (case D14).
     """
-    if load_in_4bit and (device != "cuda" or sharded() or name == TINY or name.endswith(".gguf")):
+    if load_in_4bit and (device != "cuda" or sharded() or name == "tiny" or name.endswith(".gguf")):
         # On a CPU bitsandbytes packs the weights at the first look at held-out triplets, and no gradient passes after.
         wanted = "a GPU, a folder or hub id for a model, and no --use_fsdp"
         raise UserError(f"--load-in-4bit needs {wanted}; the model is {name}, on {device}; tune without it")
-    if name == TINY:
+    if name == "tiny":
         model, tokenizer = tiny_model()
         # In float32 the toy's numbers are those of any machine.
         return _placed(model if dtype == "auto" else model.to(choose_dtype(dtype, device)), device), tokenizer

@@ -52,13 +52,11 @@ class AskConfig:
             raise UserError(f"endpoint {self.endpoint!r} is no address; write one like http://127.0.0.1:8000/v1")
 
 
-def ask_local(
-    llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()
-) -> Answers:
+def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[str], done: Container[int] = ()) -> Answers:
     """Greedy answers in batches of prompts of like length; batches are those of all questions, whichever are `done`."""
     from hnlm_ref.llm import chat_ids, cut, generate_texts, in_parallel
 
-    prompts = [(number, chat_ids(tokenizer, text)) for number, text in questions]
+    prompts = [(number, chat_ids(tokenizer, text)) for number, text in enumerate(questions)]
     prompts.sort(key=lambda prompt: (len(prompt[1]), prompt[0]))
     longest, room = len(prompts[-1][1]), getattr(llm.config.get_text_config(), "max_position_embeddings", math.inf)
     if longest + cfg.max_new_tokens > room:
@@ -73,7 +71,7 @@ def ask_local(
         yield from ((number, text) for (number, _), text in zip(some, texts, strict=True) if number not in done)
 
 
-def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container[int] = ()) -> Answers:
+def ask_server(cfg: AskConfig, questions: list[str], done: Container[int] = ()) -> Answers:
     """Several requests at once, each retried with back-off; the last error when the server had no answer in the end.
 
     A server that is busy may say how long to wait (Retry-After). A refused request (4xx) is not tried again.
@@ -111,7 +109,7 @@ def ask_server(cfg: AskConfig, questions: list[tuple[int, str]], done: Container
         return failure
 
     with ThreadPoolExecutor(cfg.concurrency) as pool:
-        running = {pool.submit(ask_one, text): number for number, text in questions if number not in done}
+        running = {pool.submit(ask_one, text): number for number, text in enumerate(questions) if number not in done}
         n_failed, answered = 0, bool(done)
         try:
             for future in as_completed(running):
@@ -156,8 +154,7 @@ def ask(
         done, missing = set(said), len(questions) - len(said)
         answers: Answers = iter(())
         if missing:
-            numbered = list(enumerate(questions))
-            answers = ask_server(cfg, numbered, done) if cfg.endpoint else ask_local(*load(), cfg, numbered, done)
+            answers = ask_server(cfg, questions, done) if cfg.endpoint else ask_local(*load(), cfg, questions, done)
         for number, raw in progress(answers, total=missing, desc=path.stem):
             if isinstance(raw, Exception):
                 failed[number] = reply = Reply("failed", None, f"{type(raw).__name__}: {raw}")

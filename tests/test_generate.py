@@ -233,7 +233,7 @@ def test_a_failed_answer_stays_empty_and_is_asked_again_after_a_restart(tmp_path
     asked = []
 
     def answer(cfg, questions, done):
-        for number, text in (question for question in questions if question[0] not in done):
+        for number, text in ((n, text) for n, text in enumerate(questions) if n not in done):
             asked.append(number)
             yield number, OSError("busy") if text == "u2" and asked.count(number) == 1 else said(text)
 
@@ -352,16 +352,16 @@ def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(ser
     monkeypatch.setattr(profiles, "threading", SimpleNamespace(Event=Stop))
     monkeypatch.setattr(profiles, "BACK_OFF", 0.5)
     Server.plan = {"a": [500]}
-    list(profiles.ask_server(profiles.AskConfig(endpoint=server), [(0, "a")]))
+    list(profiles.ask_server(profiles.AskConfig(endpoint=server), ["a"]))
     assert waits == [0.5, 1, 2] and len(Server.seen) == 3
     monkeypatch.setattr(Server, "retry_after", "7")  # it says how long it is busy
     waits.clear()
-    list(profiles.ask_server(profiles.AskConfig(endpoint=server), [(0, "a")]))
+    list(profiles.ask_server(profiles.AskConfig(endpoint=server), ["a"]))
     assert waits == [7, 7, 7]
     monkeypatch.setattr(Server, "retry_after", "inf")
     Server.plan, Server.seen = {"a": [500, "{"]}, []  # then half an answer, which says nothing of a wait
     waits.clear()
-    list(profiles.ask_server(profiles.AskConfig(endpoint=server), [(0, "a")]))
+    list(profiles.ask_server(profiles.AskConfig(endpoint=server), ["a"]))
     assert waits == [3600, 1, 2]
 
 

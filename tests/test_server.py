@@ -71,7 +71,7 @@ def test_a_server_says_what_the_same_model_says_here(folder, endpoint, toy_run, 
     assert load_json(run / "generate" / "manifest.json")["counts"]["statuses"] == {"ok": 60}
     assert {row["text"] for row in rows} == {"Lamp"} and {row["raw"] for row in rows} == {ANSWER}
     model, tokenizer = llm.load_llm(str(folder), "cpu")
-    questions = [(0, "Short"), (1, "\u00e9" * 40), (2, "A longer one, of which the end is read")]
+    questions = ["Short", "\u00e9" * 40, "A longer one, of which the end is read"]
     cfg = profiles.AskConfig(endpoint=endpoint, endpoint_model=str(folder), max_new_tokens=40)
     here = dict(profiles.ask_local(model, tokenizer, cfg, questions))
     assert dict(profiles.ask_server(cfg, questions)) == here
