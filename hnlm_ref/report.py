@@ -32,14 +32,13 @@ def every(views: list[View]) -> list[tuple[View, str, str]]:
 def result_rows(views: list[View]) -> Cells:
     """Methods by metrics: mean and spread (sample standard deviation) over seeds, seconds of a training's epochs."""
     columns = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in views[0].metrics["k"]]
-    told = views[0].metrics
-    of = f"method (over a subset of {told['users']} users)" if told["subset"] else "method"
-    found = [[of, *columns, "seeds", "seconds"]]
+    found = [["method", *columns, "seeds", "seconds"]]
     for view, method, label in every(views):
         seconds = statistics.fmean(sum(manifest["timing"]["epoch_seconds"]) for manifest in view.training(method))
         n_seeds, scores = len(view.methods[method]), (view.score(method, column) for column in columns)
         cells = [f"{mean:.4f}" + (f" ±{spread:.4f}" if n_seeds > 1 else "") for mean, spread in scores]
-        found.append([label, *cells, str(n_seeds), f"{seconds:.1f}"])
+        of = f" (a subset of {view.metrics['subset']} users)" if view.metrics["subset"] else ""
+        found.append([label + of, *cells, str(n_seeds), f"{seconds:.1f}"])
     return found
 
 
