@@ -37,9 +37,8 @@ def describe_groups(groups: np.ndarray, counts: np.ndarray, tested: np.ndarray, 
 
 
 def group_means(values: np.ndarray, groups: np.ndarray, n_groups: int) -> list[float | None]:
-    """Mean of `values` in each group, NaN left out; None where nothing is left."""
-    kept = ~np.isnan(values)
-    sums, n = np.bincount(groups[kept], values[kept], n_groups), np.bincount(groups[kept], minlength=n_groups)
+    """Mean of `values` in each group; None where there is none."""
+    sums, n = np.bincount(groups, values, n_groups), np.bincount(groups, minlength=n_groups)
     return [float(s / count) if count else None for s, count in zip(sums, n, strict=True)]
 
 

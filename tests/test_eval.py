@@ -29,9 +29,8 @@ def test_groups_hold_equal_shares_of_the_interactions():
     assert groups[2:] == [{"members": 0, "interactions": 0, "test_pairs": 0}]
 
 
-def test_the_mean_of_a_group_leaves_out_what_is_missing_and_says_so_when_nothing_is_left():
-    values = np.array([1.0, 0.0, np.nan, np.nan])
-    assert analyses.group_means(values, np.array([0, 0, 0, 1]), 3) == [0.5, None, None]
+def test_a_group_without_members_has_no_mean():
+    assert analyses.group_means(np.array([1.0, 0.0, 2.0]), np.array([0, 0, 2]), 4) == [0.5, None, 2.0, None]
 
 
 def test_the_spread_of_lists_is_counted_over_the_whole_catalogue():
