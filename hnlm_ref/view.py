@@ -144,17 +144,14 @@ class View:
         return {"users": users, "items": {n: item["title"] or f"(no title) {item['key']}" for n, item in items}}
 
     def _pair(self, row: int, free: np.ndarray, scores: dict[str, np.ndarray]) -> dict:
-        positive, matches = int(self.generated["pairs"][row, 1]), self.generated["matches"][row, :N_MATCHES]
-        scores_of = self.generated["match_scores"][row, :N_MATCHES][matches >= 0].tolist()
-        matches = matches[matches >= 0].tolist()
-
-        def places(table: np.ndarray) -> list[int]:
-            return [1 + int((table[free] > table[item]).sum()) for item in (positive, *matches)]
-
+        positive = int(self.generated["pairs"][row, 1])
+        nearest = (self.generated[name][row, :N_MATCHES].tolist() for name in ("matches", "match_scores"))
+        matches = [(item, score) for item, score in zip(*nearest, strict=True) if item >= 0]
+        shown = [positive, *(item for item, _ in matches)]
         return {
             "positive": positive,
-            "matches": list(zip(matches, scores_of, strict=True)),
-            "places": {method: places(table) for method, table in scores.items()},  # of the positive, then the matches
+            "matches": matches,
+            "places": {m: [1 + int((table[free] > table[i]).sum()) for i in shown] for m, table in scores.items()},
             "reply": self.generated["replies"] and self.generated["replies"][row],
         }
 
