@@ -87,7 +87,8 @@ def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
 
 def save_json(path: Path, value: Any) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
 
 
 def load_json(path: Path) -> dict:
@@ -96,7 +97,8 @@ def load_json(path: Path) -> dict:
 
 
 def save_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+    form: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+    with atomic(path) as temporary, temporary.open("w", **form) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -181,7 +183,7 @@ def resolve_path(name: str) -> Path:
     The package is found without being imported, so it may miss its own dependencies.
     """
     if not name.startswith("package:"):
-        return Path(name).expanduser()
+        return Path(os.path.expanduser(name))  # noqa: PTH111  (Path's own raises for a user who does not exist)
     package, _, inside = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -371,9 +371,8 @@ def _date(text: pl.Expr) -> pl.Expr:
 
 def _closed(data: bytes, sep: str) -> int:
     """Bytes before the quote that opens a field and is not closed. A quote within a field stands for itself."""
-    edge = b"\n" + sep.encode()
-    quoted = rb'(?<![^%b])"[^"]*+(?:""[^"]*+)*+"' % edge
-    return re.match(rb'(?:[^"]++|%b|(?<=[^%b])")*+' % (quoted, edge), data).end()  # type: ignore[union-attr]
+    field = re.compile(rb'(?<![^\n%b])"[^"]*(?:""[^"]*)*("(?!"))?' % sep.encode())
+    return next((found.start() for found in field.finditer(data) if not found[1]), len(data))
 
 
 def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]]:

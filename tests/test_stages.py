@@ -175,3 +175,18 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "empty" / "runs" / "toy" / "prep" / "manifest.json").exists()
+
+
+def test_a_run_needs_no_posix_and_no_encoding_of_the_system(tmp_path):
+    """Case F05, as far as one system can tell: no fcntl, a narrow terminal, files whose encoding is always named."""
+    (tmp_path / "fcntl.py").write_text("raise ImportError('not on this system')", encoding="utf-8")
+    where = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    env = {**os.environ, **where, "PYTHONWARNDEFAULTENCODING": "1"}
+    for words in (("prep",), ("train", "--n-epochs", "1"), ("eval", "--methods", "uniform"), ("show", "run")):
+        line = [*words, *(("--preset", "toy", "--run-dir", "run") if words[0] != "show" else ())]
+        command = [sys.executable, "-m", "hnlm_ref.cli", *line]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, encoding="cp1252")
+        assert done.returncode == 0, done.stderr
+        ours = re.findall(r"\b(?:hnlm_ref|stages)\S+: EncodingWarning.*", done.stderr)
+        assert ours == []
+    assert "ndcg@20" in done.stdout
