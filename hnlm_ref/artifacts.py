@@ -407,9 +407,7 @@ def _work_in(partial: Path, key: str) -> Iterator[None]:
     Raises UserError when another command is at work in it.
     """
     partial.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(
-        partial.with_suffix(".lock"), blocking=False
-    )  # held until it is released or the process dies
+    lock = filelock.FileLock(partial.with_suffix(".lock"), timeout=0)  # which ends with the process, too
     try:
         lock.acquire()
     except filelock.Timeout as error:
