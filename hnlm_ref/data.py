@@ -115,9 +115,9 @@ def clean(log: Log, min_rating: float | None, date_from: str | None, date_to: st
         log = without(log.rating < min_rating, "below min_rating")
     elif min_rating is not None:
         counts["below min_rating"] = "not applied, the log has no ratings"
-    if date_from:
+    if date_from is not None:
         log = without(log.time < moment(date_from, log.unit), "before date_from")  # type: ignore[operator]
-    if date_to:
+    if date_to is not None:
         log = without(log.time >= moment(date_to, log.unit), "not before date_to")  # type: ignore[operator]
     return replace(log, rating=None)  # not needed any more, and large
 

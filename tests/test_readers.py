@@ -560,6 +560,7 @@ def test_a_no_break_space_is_a_part_of_an_id(tmp_path, bad):
         ({"items": "."}, r"\.: a folder, not a file"),
         ({"items": "~nobodyx/a.csv"}, r"^~nobodyx/a.csv: no such file"),
         ({"date_from": "yesterday"}, r"'yesterday' cannot be compared"),
+        ({"date_to": ""}, r"'' cannot be compared"),
         (
             {"date_from": "2015-01", "time_unit": "order"},
             r"'2015-01' .* log; it has no dates \(unit of its times: order\)",
