@@ -99,10 +99,13 @@ def load_preset(name: str | None, beside: Path = Path()) -> dict[str, dict]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"preset {path}: {error}") from error
-    below = load_preset(tables.pop("extends", None), path.parent)
-    for table in tables:
+    below = load_preset(cast(str | None, tables.pop("extends", None)), path.parent)
+    for table, content in tables.items():
         if table not in TABLES:
             raise UserError(f"preset {path}: unknown table [{table}]; {unknown(table, TABLES)}")
+        inner = content.values() if isinstance(content, dict) and table in ("methods", "grid") else [content]
+        if not all(isinstance(part, dict) for part in inner):
+            raise UserError(f"preset {path}: {table} = {content!r}: a table of knobs is wanted")
     return _lay_over(below, tables)
 
 

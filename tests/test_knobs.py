@@ -111,6 +111,13 @@ def test_a_preset_with_an_unknown_table_or_broken_toml_is_refused(tmp_path):
     (tmp_path / "a.toml").write_text("[trian]\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"unknown table \[trian\]; did you mean 'train'"):
         load_preset(str(tmp_path / "a.toml"))
+    for text in ("methods = ['dns']\n", "[methods]\nhard = 'dns'\n", "[grid]\ndns = [2, 4]\n", "prep = 'log.csv'\n"):
+        (tmp_path / "a.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"a\.toml: (methods|grid|prep) = .*: a table of knobs is wanted"):
+            load_preset(str(tmp_path / "a.toml"))
+    (tmp_path / "a.toml").write_text("extends = ['toy', 'ml-100k']\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no preset .*toy.*: known are"):
+        load_preset(str(tmp_path / "a.toml"))
     (tmp_path / "b.toml").write_text("[train\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"b\.toml"):
         load_preset(str(tmp_path / "b.toml"))
