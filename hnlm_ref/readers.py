@@ -265,10 +265,10 @@ def value_of(text: str) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """A value of a record as Polars tells it: whole numbers without a fraction, lists in JSON."""
-    if value is None or isinstance(value, str):
-        return value and no_half_characters(value)
-    return json.dumps(value, ensure_ascii=False).removesuffix(".0")
+    """A value of a record as Polars tells it: whole numbers in full, without a fraction, lists in JSON."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    text = value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text and no_half_characters(text)
 
 
 def _members(text: str) -> str:
@@ -416,6 +416,8 @@ def _parse(data: Any, layout: Layout, columns: dict[str, str]) -> pl.DataFrame:
     if layout.kind == "parquet":
         return data
     if layout.kind == "json":
+        if re.search(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])", data):  # Polars reads the first half alone as NUL
+            raise pl.exceptions.ComputeError("half a character")
         return pl.read_ndjson(data, schema=dict.fromkeys(columns.values(), pl.String)).select(**columns)
     if b"\0" in data:
         raise pl.exceptions.ComputeError("NUL")

@@ -250,10 +250,10 @@ def test_parquet_with_lists_of_items_and_of_texts(tmp_path):
 @pytest.mark.parametrize("bad", ["", '\n{"user": 9, "item": 9, "rating": "x"}'], ids=["as a block", "row by row"])
 def test_a_whole_number_held_as_a_float_is_the_id_of_the_whole_number(tmp_path, bad):
     """pandas writes floats where a column has a gap; what stands in quotes is a text as it is."""
-    log = '{"user": 7.0, "item": 3.0, "rating": 5.0}\n{"user": "7.0", "item": 3, "rating": 4.5}' + bad
+    log = '{"user": 1e17, "item": 3.0, "rating": 5.0}\n{"user": "7.0", "item": 3, "rating": 4.5}' + bad
     (tmp_path / "log.json").write_text(log, encoding="utf-8")
     pl.DataFrame({"user": [7.0, 8.0], "item": [3.0, 3.0]}).write_parquet(tmp_path / "log.parquet")
-    for name, users in (("log.json", ["7", "7.0"]), ("log.parquet", ["7", "8"])):
+    for name, users in (("log.json", ["1" + 17 * "0", "7.0"]), ("log.parquet", ["7", "8"])):
         found = pl.concat(readers.frames(readers.sniff(tmp_path / name), readers.Bad(skip=True)))
         assert (found["user"].to_list(), found["item"].to_list()) == (users, ["3", "3"])
     pl.DataFrame({"item": [3.0], "price": [1.5], "categories": [["A"]]}).write_parquet(tmp_path / "items.parquet")
@@ -347,9 +347,10 @@ def test_a_spreadsheet_export_in_utf_16_and_quoted_line_breaks(tmp_path):
 
 
 def test_half_a_character_is_replaced_and_two_halves_are_joined(tmp_path):
-    """In JSON, in a Python literal, and in a list within a CSV field."""
-    (tmp_path / "log.json").write_text(r'{"user": "u\udc3d", "item": "i1"}' "\n" '{"user": "v", "item": "i2"}', "utf-8")
+    """In JSON, where Polars would read NUL, in a Python literal, and in a list within a CSV field."""
+    (tmp_path / "log.json").write_text(r'{"user": "u\ud83d", "item": "i1"}' "\n" '{"user": "v", "item": "i2"}', "utf-8")
     for items in (
+        r'{"item": "i1", "title": ["T \ud83d"]}' + "\n" + r'{"item": "i2", "title": "\ud83d\ude00"}',
         r'{"item": "i1", "title": "T \udc3d"}' + "\n" + r"{'item': 'i2', 'title': '\ud83d\ude00'}",
         'item,title\ni1,"[""T \\udc3d""]"\ni2,"[""\\ud83d\\ude00""]"',
     ):
