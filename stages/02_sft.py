@@ -84,8 +84,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if cfg.init_from:  # its LoRA fits the very weights that it was tuned on
         theirs = load_json(resolve_path(cfg.init_from) / "manifest.json")["knobs"]
         for name in ("model", "lora_rank", "lora_alpha", "lora_dropout"):
-            if theirs[name] != getattr(cfg, name):
-                raise UserError(f"init_from {cfg.init_from} was tuned with {name} = {theirs[name]}; take the same")
+            if theirs.get(name) != getattr(cfg, name):  # None: the folder is another stage's
+                raise UserError(f"init_from {cfg.init_from} was tuned with {name} = {theirs.get(name)}; take the same")
     torch.set_num_threads(run.n_threads or torch.get_num_threads())
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the steps: one, unless launched so
 
@@ -202,7 +202,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
             totals.update({f"held_out_{name}": len(u) * float(figure) for name, figure in figures.items()})
             n += len(u)
         model.train()
-        return {name: round(total / n, 6) for name, total in totals.items()}
+        found = {name: round(total / n, 6) for name, total in totals.items()}
+        if not np.isfinite(list(found.values())).all():  # case E11
+            cure = f"lr {cfg.lr} may be too large" if state["step"] else "raise n_users, pairs_per_user or probe_users"
+            raise UserError(f"step {state['step']}: a loss is not finite; {cure}")
+        return found
 
     # Every epoch its own order; micro-batch m of step s is the same whenever and wherever it is computed. Processes
     # share the micro-batches of a step and sum their gradients; everything else each of them does alike.
@@ -256,8 +260,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
             line = {"step": state["step"], "loss": round(loss_sum / n, 6), **look()}
             state["log"].append(line)
             say(f"[sft] {line}")
-            if not np.isfinite(list(line.values())).all():
-                raise UserError(f"step {state['step']}: a loss is not finite; lr {cfg.lr} may be too large")  # case E11
             if line["held_out_objective"] < state["log"][state["best"]]["held_out_objective"]:
                 state["best"], best = len(state["log"]) - 1, {name: t.clone() for name, t in learnt.items()}
             if team.is_main_process:

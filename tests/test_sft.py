@@ -346,6 +346,7 @@ def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
     for words, message in (
         (("--rank-from", 9, "--rank-to", 9), "leave no rank to mine from"),
         (("--model", "no/such/model"), "--model no/such/model"),
+        (("--pairs-per-user", 1, "--probe-users", 1, "--n-epochs", 0), "step 0: a loss is not finite; raise n_users"),
         (("--lr", 1e30, "--eval-every", 2), r"step 2: a loss is not finite; lr 1e\+30 may be too large"),  # case E11
     ):
         with pytest.raises(UserError, match=message):
@@ -399,6 +400,8 @@ def test_an_adapter_of_other_knobs_is_refused_before_anything_is_computed(toy_ru
             run_stage("sft", run, "--init-from", toy_run / "sft", knob, value)
     with pytest.raises(UserError, match=r"manifest.json: No such file"):
         run_stage("sft", run, "--init-from", toy_run / "sft" / "adapter")
+    with pytest.raises(UserError, match="was tuned with model = None"):
+        run_stage("sft", run, "--init-from", toy_run / "prep")
     assert [path.name for path in run.iterdir()] == ["prep"]
 
 
