@@ -392,7 +392,9 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             path.unlink()
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
+        if final.is_symlink():
+            final.unlink()  # a folder of another run may stand in for one of this run's
+        elif final.exists():
             final.rename(old)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)

@@ -65,6 +65,19 @@ def test_an_interrupted_stage_resumes_and_the_old_result_stays_until_then(tmp_pa
     assert calls == ["fresh", "fresh", "resumed"] and load_npy(tmp_path / "prep" / "result.npy") == [4]
 
 
+def test_a_link_to_the_folder_of_another_run_goes_without_what_it_points_at(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    here, there = Run(tmp_path / "here"), Run(tmp_path / "there")
+    stage(there, "prep", 1, [])
+    (here.dir / "prep").symlink_to(there.dir / "prep")
+    for value in (2, 3):
+        stage(here, "prep", value, [])
+        assert load_npy(here.dir / "prep" / "result.npy") == [2 * value]
+        assert [path.name for path in here.dir.iterdir()] == ["prep"]
+    assert load_npy(there.dir / "prep" / "result.npy") == [2]
+
+
 def test_a_folder_that_no_stage_wrote_is_left_alone(tmp_path):
     (tmp_path / "prep").mkdir()
     (tmp_path / "prep" / "notes.txt").write_text("mine", encoding="utf-8")
