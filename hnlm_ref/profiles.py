@@ -146,7 +146,7 @@ def ask(
     """
     who = cfg.endpoint_model if cfg.endpoint else [model, file_fingerprint(resolve_path(model)), cfg.ask_batch_size]
     part = path.with_name(f"{path.name}.{digest([cfg.endpoint, who, cfg.max_new_tokens, questions])}.part")
-    with part.open("a+", encoding="ascii") as file:
+    with part.open("a+", encoding="ascii", newline="\n") as file:
         file.seek(0)
         lines, newline, _ = file.read().rpartition("\n")
         file.truncate(len(lines + newline))
