@@ -74,9 +74,11 @@ def ask_local(llm: Any, tokenizer: Any, cfg: AskConfig, questions: list[str], do
 def ask_server(cfg: AskConfig, questions: list[str], done: Container[int] = ()) -> Answers:
     """Several requests at once, each retried with back-off; the last error when the server had no answer in the end.
 
-    A server that is busy may say how long to wait (Retry-After). A refused request (4xx) is not tried again.
+    A server that is busy may say how long to wait (Retry-After). A refused request (4xx) is a UserError and not tried
+    again: raised, as the next one would be refused too (a key that is missing or used up), or given where the question
+    itself may be at fault (too long).
     Ends early when 2 * concurrency questions one after the other were not answered: the server is down. Refusals count
-    only until it has answered another: then the question itself is at fault (too long).
+    only until it has answered another.
     A key is read from the environment variable OPENAI_API_KEY.
     """
     url = f"{(cfg.endpoint or '').rstrip('/')}/chat/completions"
@@ -99,7 +101,10 @@ def ask_server(cfg: AskConfig, questions: list[str], done: Container[int] = ()) 
                 failure = error
                 if error.code < 500 and error.code not in (408, 429):
                     detail = error.read(200).decode(errors="replace").strip()
-                    return UserError(f"{url} refused the request: {error.code} {error.reason} {detail}")
+                    refusal = UserError(f"{url} refused the request: {error.code} {error.reason} {detail}")
+                    if error.code in (400, 413, 422):
+                        return refusal
+                    raise refusal from error
                 with contextlib.suppress(TypeError, ValueError):  # none given, or a date
                     wait = max(wait, min(float(error.headers["Retry-After"]), 3600))  # Choice: no longer than an hour
             except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException) as error:

@@ -367,11 +367,14 @@ def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(ser
 
 def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk\n")
-    for status in (401, 302):  # 302: the key would go elsewhere
+    part = part_of(tmp_path / "t.jsonl", ["kept", "a"], server)
+    part.write_text(KEPT, encoding="utf-8")  # the key is missing, or used up, for the rest alone
+    for status in (401, 403, 302):  # 302: the key would go elsewhere
         Server.plan, Server.seen = {"a": [status]}, []
-        with pytest.raises(UserError, match=rf"were answered \(UserError: http.* refused the request: {status} "):
-            ask(tmp_path / "t.jsonl", ["a"], server)
+        with pytest.raises(UserError, match=f"^http.* refused the request: {status} "):
+            ask(tmp_path / "t.jsonl", ["kept", "a"], server)
         assert Server.key_sent == "Bearer sk" and len(Server.seen) == 1
+    assert part.read_text(encoding="utf-8") == KEPT
     with pytest.raises(UserError, match=r"were answered \(URLError: .*refused.*\); is the server up"):
         ask(tmp_path / "t.jsonl", ["a"], "http://127.0.0.1:9/v1", n_retries=1)
     assert not (tmp_path / "t.jsonl").exists()
