@@ -45,7 +45,7 @@ class AskConfig:
     timeout_s: float = knob(120.0, "seconds to wait for the server's next byte", low=0.1)
     n_retries: int = knob(4, "further tries after no answer, each after twice the wait", low=0)
     max_new_tokens: int = knob(160, "length of an answer in tokens", low=1)
-    ask_batch_size: int = knob(16, "questions a local model answers at once", low=1)
+    ask_batch_size: int = knob(16, "questions in a batch of a local model; on a CPU every thread has one", low=1)
 
     def __post_init__(self) -> None:
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
