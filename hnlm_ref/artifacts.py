@@ -408,7 +408,7 @@ def _work_in(partial: Path, key: str) -> Iterator[None]:
     Work begun with another key is wiped, but for files *.part, whose names tell what they are of.
     Raises UserError when another command is at work in it.
     """
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(partial.with_suffix(".lock"), timeout=0)  # which ends with the process, too
     try:
         lock.acquire()
@@ -416,6 +416,7 @@ def _work_in(partial: Path, key: str) -> Iterator[None]:
         raise UserError(f"another command is at work in {partial}; wait for it or stop it") from error
     begun = partial / "key"
     try:
+        partial.mkdir(exist_ok=True)  # under the lock: the end of another command moves it away
         if not begun.exists() or begun.read_text(encoding="utf-8") != key:
             for old in (path for path in partial.iterdir() if path.suffix != ".part"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
