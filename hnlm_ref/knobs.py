@@ -69,9 +69,9 @@ def check(field: dataclasses.Field, value: Any) -> Any:
     for v in value if isinstance(value, tuple) else (value,):
         if choices and v not in choices and v is not None:
             raise ValueError(f"one of {', '.join(choices)} is wanted")
-        if v is not None and low is not None and v < low:
+        if v is not None and low is not None and not v >= low:  # nor is nan
             raise ValueError(f"at least {low} is wanted")
-        if v is not None and high is not None and v > high:
+        if v is not None and high is not None and not v <= high:
             raise ValueError(f"at most {high} is wanted")
     return value
 
