@@ -177,6 +177,8 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
     if random := {*told["missing_keys"], *(weight for weight, *_ in told["mismatched_keys"])}:  # put there in silence
         what = f"{len(random)} weights are missing or of another shape, for example {min(random)}"
         raise UserError(f"--model {name}: {what}; get the whole model again")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: its tokenizer names no eos_token; write one into tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -326,7 +328,7 @@ def chat_ids(tokenizer: Any, message: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Queries:
-    """The token ids of q(u, i): `rows` joins a user's part and the item parts of any of the user's pairs."""
+    """The token ids of q(u, i): `row` joins a user's part and the item parts of any of the user's pairs."""
 
     user_parts: list[list[int]]
     item_parts: list[list[int]]

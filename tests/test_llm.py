@@ -418,6 +418,15 @@ def test_pieces_of_a_micro_batch_and_its_seeds_drop_out_each_by_itself(monkeypat
     assert not torch.equal(first[:2], first[2:])
 
 
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
+    model, tokenizer = llm.tiny_model()
+    tokenizer.eos_token = None
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer names no eos_token; write one"):
+        llm.load_llm(str(tmp_path), "cpu")
+
+
 def test_answers_are_greedy_whatever_the_model_s_own_settings_say(tmp_path):
     model, tokenizer = llm.tiny_model()
     tokenizer.save_pretrained(tmp_path)
