@@ -423,7 +423,7 @@ def _work_in(partial: Path, key: str) -> Iterator[None]:
             begun.write_text(key, encoding="utf-8")
         yield
     finally:
-        if partial.is_dir() and [path.name for path in partial.iterdir()] == ["key"]:
+        if partial.is_dir() and {path.name for path in partial.iterdir()} <= {"key"}:
             shutil.rmtree(partial)
         with suppress(OSError):  # Windows deletes no open file
             Path(lock.lock_file).unlink()

@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the import: no fork warnings (case D16)
-# "true", accelerate's default, has the first process alone read a model, for a wrapping that is not used here.
-os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 import accelerate
 import numpy as np
@@ -154,6 +152,9 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     where = str(path.parent if gguf else path)
     options: dict[str, Any] = {"dtype": choose_dtype(dtype, device), "attn_implementation": attention}
+    if sharded():
+        # "true", accelerate's default, has the first process alone read the file, for a wrapping that is not used here.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if load_in_4bit:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]

@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -205,6 +206,16 @@ def test_a_stage_that_fails_at_once_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(UserError):
         run_stage("prep", Run(tmp_path), {}, {}, "key", main)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_full_at_the_first_file_leaves_no_folder(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run_stage("prep", Run(tmp_path), {}, {}, "key", lambda run: {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, readme_code
 from torch import nn
 
 from hnlm_ref import baselines, losses, metrics, recommender
@@ -275,10 +275,8 @@ def test_without_validation_pairs_the_last_epoch_is_kept():
 
 
 def test_the_encoder_shown_in_the_readme_trains():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = next(block for block in readme.split("```python\n")[1:] if block.startswith("class XSimGCL")).split("```")[0]
     names = {**vars(recommender), "ENCODERS": dict(recommender.ENCODERS)}
-    exec(code, names)
+    exec(readme_code("class XSimGCL"), names)
     training = Training(lambda train: names["ENCODERS"]["xsimgcl"](train, 6, 3), patience=100)
     plain = training.batch_loss
     contrast = []
