@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hnlm_ref import _core, losses
 from hnlm_ref.artifacts import Csr, load_npy
@@ -222,21 +223,20 @@ def semantic_guard(item_text: np.ndarray, train: Csr, threshold: float) -> Csr:
     deviations from the user's mean over the items not taken. Blocked is what exceeds `threshold`.
     item_text   float32 [I, d_llm] (sft/item_text.npy); an item without a text has a zero vector and cosine 0
     """
-    length = np.linalg.norm(item_text, axis=1, keepdims=True)
-    text = (item_text / np.where(length > 0, length, 1)).astype(np.float32)
+    text = functional.normalize(torch.from_numpy(item_text))
     found = []
-    for user in progress(range(train.n_rows), desc="guard", unit="user"):
-        own, blocked = train.row(user), np.empty(0, np.int32)
-        if 0 < len(own) < train.n_cols:
-            best = np.empty((0, train.n_cols), np.float32)
-            for some in np.split(own, range(1024, len(own), 1024)):  # cosines with all of a user's items may be many GB
-                cosines = text[some] @ text.T
-                cosines.sort(axis=0)
-                best = np.sort(np.concatenate([best, cosines[-3:]]), axis=0)[-3:]
-            near = best.mean(0)  # [I]
-            others = np.delete(near, own)
-            blocked = np.flatnonzero(near - others.mean() > threshold * others.std()).astype(np.int32)
-        found.append(blocked)
+    with losses.one_thread():
+        for user in progress(range(train.n_rows), desc="guard", unit="user"):
+            own, blocked = train.row(user), np.empty(0, np.int32)
+            if 0 < len(own) < train.n_cols:
+                best = text.new_empty(0, len(text))
+                for some in torch.from_numpy(own).split(1024):  # cosines with all of a user's items may be many GB
+                    best = torch.cat([best, functional.linear(text[some], text)])
+                    best = best.topk(min(3, len(best)), dim=0).values
+                near = best.mean(0).numpy()  # [I]
+                others = np.delete(near, own)
+                blocked = np.flatnonzero(near - others.mean() > threshold * others.std()).astype(np.int32)
+            found.append(blocked)
     return Csr(np.cumsum([0, *map(len, found)]), np.concatenate(found), train.n_cols)
 
 
