@@ -9,6 +9,7 @@ import ast
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
 import json
 import re
@@ -256,8 +257,8 @@ def _has_quotes(path: Path, encoding: str) -> bool:
 
 
 def value_of(text: str) -> Any:
-    """What JSON says, or else a Python literal, as in Amazon's 2014 files; None if it is neither."""
-    for parse in (json.loads, ast.literal_eval):
+    """What JSON says, NaN as null, or else a Python literal, as in Amazon's 2014 files; None if it is neither."""
+    for parse in (functools.partial(json.loads, parse_constant=lambda _: None), ast.literal_eval):
         with contextlib.suppress(ValueError, TypeError, SyntaxError), warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
             return parse(text)
@@ -383,7 +384,7 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
             if nested := [name for name, kind in frame.schema.items() if kind.is_nested()]:
                 lists = frame.select(nested).write_ndjson().encode()  # told as the JSON formats tell them
                 frame = frame.with_columns(pl.read_ndjson(lists, schema=dict.fromkeys(nested, pl.String)))
-            yield line, frame
+            yield line, frame.fill_nan(None)  # as pandas marks what is missing
             line += len(frame)
         return
     decoder = None if layout.encoding.lower() in ("utf-8", "utf8") else codecs.getincrementaldecoder(layout.encoding)()

@@ -247,6 +247,26 @@ def test_parquet_with_lists_of_items_and_of_texts(tmp_path):
     assert (done.items[2]["title"], done.items[2]["text"]) == ('T, U "1"', "A, B")
 
 
+def test_nan_is_a_missing_value_in_json_and_parquet_and_a_text_in_quotes(tmp_path):
+    """Cases A04, A05: Python's json and pandas write it where there is nothing."""
+    log = '{"user": "u", "item": "a"}\n{"user": "NaN", "item": "b"}\n'
+    items = [{"item": "a", "title": float("nan"), "brand": float("nan")}, {"item": "b", "title": "NaN", "brand": 1.5}]
+    items[0]["categories"] = ["x", float("nan")]
+    (tmp_path / "items").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
+    (tmp_path / "log.json").write_text(log, encoding="utf-8")
+    done = prepare(tmp_path / "run", tmp_path / "log.json", items=str(tmp_path / "items"))
+    assert [(i["key"], i["title"], i["text"]) for i in done.items] == [("a", "", "x"), ("b", "NaN", "1.5")]
+    assert done.user_keys == ["NaN", "u"] and done.counts["items without title"] == 1
+    pl.DataFrame({"item": ["a", "b"], "brand": [float("nan"), 1.5]}).write_parquet(tmp_path / "items")
+    done = prepare(tmp_path / "run", tmp_path / "log.json", items=str(tmp_path / "items"))
+    assert [i["text"] for i in done.items] == ["", "1.5"]
+    (tmp_path / "log.json").write_text(log + '{"user": NaN, "item": "c"}\n', encoding="utf-8")
+    pl.DataFrame({"user": [1.0, 2.0, float("nan")], "item": ["a"] * 3}).write_parquet(tmp_path / "log.parquet")
+    for name in ("log.json", "log.parquet"):
+        with pytest.raises(UserError, match="line 3: no user"):
+            prepare(tmp_path / "run", tmp_path / name)
+
+
 @pytest.mark.parametrize("bad", ["", '\n{"user": 9, "item": 9, "rating": "x"}'], ids=["as a block", "row by row"])
 def test_a_whole_number_held_as_a_float_is_the_id_of_the_whole_number(tmp_path, bad):
     """pandas writes floats where a column has a gap; what stands in quotes is a text as it is."""
