@@ -276,12 +276,15 @@ def test_the_parts_of_a_ready_split_have_times_in_one_unit_or_none(tmp_path):
 def test_later_rows_of_unseen_users_and_items_are_counted_and_an_empty_test_is_refused(case_input, tmp_path):
     """Cases A15, A16."""
     log = case_input("a09_split_unseen.csv")
-    with pytest.raises(UserError, match=r"unseen users: 1, .*unseen items: 2, train: 4; choose another split"):
+    with pytest.raises(UserError, match=r"unseen users: 1, .*unseen items: 2, .*left out: 3, train: 4; choose"):
         prepare(tmp_path / "a", log, split="time", test_from="1420070450", valid_ratio=0.0)
     done = prepare(tmp_path / "b", log, split="time", test_from="1420070404", valid_ratio=0.0)
     assert done.pairs("train") == {("u1", "i1"), ("u1", "i2"), ("u2", "i1")} and done.pairs("test") == {("u2", "i2")}
     assert (done.user_keys, done.item_keys) == (["u1", "u2"], ["i1", "i2"])
-    assert done.counts["rows"] == 7 == 3 + 1 + 3  # train, test, dropped
+    assert [done.counts[what] for what in ("rows", "train", "test", "held-out rows left out")] == [7, 3, 1, 3]
+    both = rows("u1,i1,5,1", "u1,i2,5,2", "u2,i1,5,3", "u3,i9,5,8", "u2,i2,5,9")  # u3 and i9 are new in one row
+    counts = prepare(tmp_path / "c", both, split="time", test_from="5", valid_ratio=0.0, time_unit="s").counts
+    assert [counts[f"held-out rows {what}"] for what in ("of unseen users", "of unseen items", "left out")] == [1] * 3
 
 
 def test_a_bound_in_time_that_is_not_given_follows_from_its_ratio():
