@@ -9,13 +9,13 @@ quality.json; in text mode texts.jsonl too, one line per question.
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, file_fingerprint, load_npy, own_share, resolve_path, save_json, save_npy
+from hnlm_ref.artifacts import Csr, Run, file_fingerprint, load_npy, own_share, resolve_path, save_json, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import StageCommand, knob
 from hnlm_ref.profiles import AskConfig
@@ -159,11 +159,12 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     item_vectors = load_npy(sft / "targets.npy") if model else text[1]  # [I, d_out]
     users, graph = np.ascontiguousarray(pairs[:, 0]), (prep.train.indptr, prep.train.indices)
     blocked = negatives.with_best_ranked(prep.train, cf, cfg.skip_ranks, run.n_threads)
-    refused = blocked.indptr, blocked.indices
     if cfg.mode == "text" and cfg.match == "title":
         catalogue = [item["title"] for item in prep.items]
         lowest = max(cfg.min_similarity, 0.0)
-        matches, scores = _core.match_titles(said, catalogue, users, *refused, cfg.n_matches, lowest)
+
+        def match(refused: Csr, n: int) -> Sequence[np.ndarray]:
+            return _core.match_titles(said, catalogue, users, refused.indptr, refused.indices, n, lowest)
     else:
         if model:
             parts = torch.from_numpy(h).split(4096)
@@ -174,11 +175,16 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
             z -= 0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32)
         band = cfg.min_similarity, cfg.max_similarity
         blocks = list(zip(llm.cut(z, 1 << 14), llm.cut(users, 1 << 14), strict=True))
-        found = [
-            _core.match_items(some, item_vectors, theirs, *refused, cfg.n_matches, *band, run.n_threads)
-            for some, theirs in progress(blocks, desc="matching", unit="block")
-        ]
-        matches, scores = map(np.concatenate, zip(*found, strict=True))  # [N, m]
+
+        def match(refused: Csr, n: int) -> Sequence[np.ndarray]:
+            graph = refused.indptr, refused.indices
+            found = [
+                _core.match_items(some, item_vectors, theirs, *graph, n, *band, run.n_threads)
+                for some, theirs in progress(blocks, desc="matching", unit="block")
+            ]
+            return [np.concatenate(part) for part in zip(*found, strict=True)]
+
+    matches, scores = match(blocked, cfg.n_matches)  # [N, m]
     if (matches < 0).all():
         raise UserError("no negative matches any item; widen min_similarity and max_similarity, or lower skip_ranks")
     save_npy(out / "item_vectors.npy", item_vectors)
@@ -198,7 +204,11 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     save_json(out / "quality.json", table)
     for figure in table["uniform"]:
         say(f"[generate] {figure:22}" + "".join(f"{name}: {figures[figure]!s:<12}" for name, figures in table.items()))
+    nearest = match(Csr.from_pairs([], [], prep.n_users, prep.n_items), 1)[0]  # [N, 1], were nothing refused
+    n_taken = int((nearest >= 0).sum() - _core.filter_candidates(*graph, users, nearest)[1].sum())
+    say(f"[generate] the nearest item of {n_taken / len(pairs):.1%} of the negatives is one their user took: left out")
     counts |= {"pairs": len(pairs), "pairs without match": int((matches[:, 0] < 0).sum())}
+    counts["pairs whose nearest item was taken"] = n_taken
     return {"counts": counts, "timing": timing}
 
 

@@ -75,6 +75,8 @@ def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made
     cosine = (z / np.linalg.norm(z, axis=1, keepdims=True)) @ (items / np.linalg.norm(items, axis=1, keepdims=True)).T
     matches, scores = load_npy(folder / "matches.npy"), load_npy(folder / "match_scores.npy")
     pairs = load_npy(folder / "pairs.npy")
+    n_taken = sum(item in pairs[pairs[:, 0] == u, 1] for u, item in zip(pairs[:, 0], cosine.argmax(1), strict=True))
+    assert load_json(folder / "manifest.json")["counts"]["pairs whose nearest item was taken"] == n_taken > 0  # B15
     for u in np.unique(pairs[:, 0]):
         mine = pairs[:, 0] == u
         cosine[np.ix_(mine, pairs[mine, 1])] = -np.inf
