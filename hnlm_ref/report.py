@@ -96,6 +96,7 @@ def head(view: View) -> str:
     parts = " / ".join(f"{counts[part]:,}" for part in ("train", "valid", "test"))
     model = Path(view.stages["sft"]["knobs"]["model"]).name if "sft" in view.stages else "none"
     text = f"{view.name}: {counts['users']:,} users, {counts['items']:,} items, {parts} train / valid / test pairs"
+    text += f" ({n:,} users without test items left out)" if (n := view.metrics["users_without_test"]) else ""
     return f"{text}; {recommender['backbone']} with {recommender['dim']} dimensions; language model: {model}"
 
 

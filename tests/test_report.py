@@ -153,7 +153,8 @@ def told_of(n_seeds: int = 2, **metrics) -> SimpleNamespace:
               {"timing": {"epoch_seconds": [2.0]}}]  # fmt: skip
     counts = {"users": 1200, "items": 3400, "train": 5600, "valid": 7, "test": 8}
     return SimpleNamespace(
-        name="one", prefix="one: ", methods=methods, k=20, metrics={"k": [20], "subset": None, **metrics},
+        name="one", prefix="one: ", methods=methods, k=20,
+        metrics={"k": [20], "subset": None, "users_without_test": 0, **metrics},
         stages={"prep": {"counts": counts}},
         score=lambda method, column: scores[method],
         training=lambda method: timing[:n_seeds],
@@ -167,6 +168,8 @@ def test_the_rows_and_sentences_of_a_run_by_hand(tmp_path):
     assert report.result_rows([view]) == [["method", "recall@20", "ndcg@20", "seeds", "seconds"], *rows]
     counts = "one: 1,200 users, 3,400 items, 5,600 / 7 / 8 train / valid / test pairs"
     assert report.head(view) == f"{counts}; mf with 8 dimensions; language model: none"
+    text = report.head(told_of(users_without_test=1234))  # case C09
+    assert text.startswith(f"{counts} (1,234 users without test items left out); mf")
     view.stages["sft"] = {"knobs": {"model": "hub/SmolLM2"}}
     assert report.head(view).endswith("; language model: SmolLM2")
     few = {"n": 1234, "distinct_items": 5600, "top_item_share": 0.125, "false": [0.02, 0.01, 0.03], "chance": 0.01}
