@@ -61,8 +61,8 @@ fn one_user(ranks: &[i32], n_held_out: usize, k: i64, ideal: &[f64]) -> [f64; N_
     }
     let hits = &ranks[..ranks.partition_point(|&rank| rank as i64 <= k)];
     let (n_hits, most) = (hits.len() as f64, n_held_out.min(k as usize));
-    let dcg: f64 = hits.iter().map(|&rank| gain(rank as usize)).sum();
-    let precisions: f64 = hits.iter().enumerate().map(|(at, &rank)| (at + 1) as f64 / rank as f64).sum();
+    let dcg = hits.iter().fold(0.0, |sum, &rank| sum + gain(rank as usize)); // `sum()` of nothing is -0.0
+    let precisions = hits.iter().enumerate().fold(0.0, |sum, (at, &rank)| sum + (at + 1) as f64 / rank as f64);
     [
         n_hits / n_held_out as f64,
         dcg / ideal[most],

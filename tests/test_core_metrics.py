@@ -65,7 +65,7 @@ def test_metrics_equal_the_twin_and_keep_their_bounds(seed):
     found = _core.user_metrics(ranks, held_out[0], ks)
     assert np.allclose(found, reference.user_metrics(ranks, held_out[0], ks), rtol=1e-12, atol=0, equal_nan=True)
     some = found[:, :, np.diff(held_out[0]) > 0]
-    assert np.all((some >= 0) & (some <= 1 + 1e-12))
+    assert np.all((some >= 0) & (some <= 1 + 1e-12) & ~np.signbit(some))  # not -0.0 either
     assert np.all(np.diff(some[[RECALL, HIT]], axis=1) >= 0)
     hits = some[PRECISION] * ks[:, None]
     assert np.allclose(hits, hits.round())
