@@ -89,6 +89,10 @@ def main(cfg: SftConfig, run: Run) -> dict:
     torch.set_num_threads(run.n_threads or torch.get_num_threads())
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the steps: one, unless launched so
 
+    # The model, before anything is computed: one that cannot be loaded or used is told at once (case D14).
+    base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
+    llm.check_rows(cfg.model, base, max(cfg.max_user_tokens + cfg.max_item_tokens, llm.TEXT_TOKENS + 2))
+
     # The collaborative signal c_u, c_i: from train alone, early-stopped on valid.
     with team.main_process_first():
         if not (out / "cf_item.npy").exists():
@@ -99,8 +103,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
     cf_user, cf_item = load_npy(out / "cf_user.npy"), load_npy(out / "cf_item.npy")  # [U, d_cf], [I, d_cf]
 
     # Text vectors of the untuned model, for targets, guards and text-enhanced recommenders.
-    base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
-    llm.check_rows(cfg.model, base, max(cfg.max_user_tokens + cfg.max_item_tokens, llm.TEXT_TOKENS + 2))
     if not (out / "user_text.npy").exists():  # in every process, as each may hold a share of the weights
         item_text = llm.text_vectors(base, tokenizer, [item_words(item) for item in prep.items])
         if run.manifest("prep")["knobs"]["profiles"] == "template":
@@ -153,7 +155,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     say(f"[sft] {n_triplets:,} triplets, those of {len(held_out)} users held out")
     say(f"[sft] {queries.n_shortened:,} prompt parts cut to their token limit")
 
-    # The model: frozen weights, LoRA, soft tokens, head.
+    # Beside the frozen weights: LoRA, soft tokens, head.
     torch.manual_seed(run.seed)
     if cfg.init_from:
         lora = llm.load_lora(base, resolve_path(cfg.init_from) / "adapter", trainable=True)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hnlm_ref import artifacts, llm, losses
+from hnlm_ref import artifacts, llm, losses, training
 from hnlm_ref.artifacts import Csr, Prep, Run, load_json, load_jsonl, load_npy, save_json, save_jsonl
 from hnlm_ref.cli import load_stage, stage_file
 from hnlm_ref.console import UserError
@@ -357,6 +357,12 @@ def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
     for words in (("--target", "text"), ("--guard-threshold", 1)):
         with pytest.raises(UserError, match="need texts; every item is 'an item without title'"):
             run_stage("sft", run, *words)
+
+
+def test_a_model_that_cannot_be_loaded_is_told_before_the_warm_up(toy_run, tmp_path, monkeypatch):  # case D14
+    monkeypatch.setattr(training, "warm_up", None)
+    with pytest.raises(UserError, match=f"--model {tmp_path}: not a folder"):
+        run_stage("sft", with_prep(toy_run, tmp_path / "run"), "--model", tmp_path)
 
 
 def test_at_most_a_quarter_of_the_users_is_held_out(toy_run, tmp_path):
