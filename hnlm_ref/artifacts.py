@@ -432,15 +432,11 @@ def _work_in(partial: Path, key: str) -> Iterator[None]:
 
 @contextmanager
 def _errors_told(stage: str, partial: Path) -> Iterator[None]:
-    """One sentence for a full disk, a package that is missing, and too little memory."""
+    """One sentence for a full disk and too little memory."""
     try:
         yield
     except OSError as error:
         raise UserError(f"[{stage}] {error.filename or partial}: {error.strerror or error}") from error
-    except ImportError as error:
-        core = "_core" in str(error)  # cases R04, F04
-        cure = "build it with: pip install --editable ." if core else "run: pip install 'hnlm-ref[llm]'"
-        raise UserError(f"[{stage}] {'the Rust extension is missing' if core else error}; {cure}") from error
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise

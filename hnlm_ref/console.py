@@ -18,13 +18,17 @@ class UserError(click.ClickException):
 
 @contextmanager
 def system_errors_told() -> Iterator[None]:
-    """Turn what the system says of files (missing, not permitted, too long a name) into one sentence."""
+    """One sentence for what the system says of files (missing, not permitted ...) and for a package that is missing."""
     try:
         yield
     except BrokenPipeError:  # `hnlm-ref show RUN | head`: click ends quietly
         raise
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+    except ImportError as error:
+        core = "_core" in str(error)  # cases R04, F04
+        cure = "build it with: pip install --editable ." if core else "run: pip install 'hnlm-ref[llm]'"
+        raise UserError(f"{'the Rust extension is missing' if core else error}; {cure}") from error
 
 
 def say(text: str) -> None:

@@ -1,10 +1,8 @@
 """Artifacts: whole or absent, skipped when nothing changed, resumed when killed, refused when mixed."""
 
 import dataclasses
-import importlib
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,23 +231,6 @@ def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path):
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         run_stage("sft", Run(tmp_path), {}, {}, "key", broken)
-
-
-@pytest.mark.parametrize(
-    ("module", "cure"),
-    [
-        ("hnlm_ref._core", r"^\[sft\] the Rust extension is missing; build it with: pip install --editable \.$"),
-        ("transformers", r"^\[sft\] .*transformers.*; run: pip install 'hnlm-ref\[llm\]'$"),
-    ],
-)
-def test_a_missing_module_is_one_sentence_with_its_cure(tmp_path, monkeypatch, module, cure):
-    monkeypatch.setitem(sys.modules, module, None)
-
-    def main(run):
-        importlib.import_module(module)
-
-    with pytest.raises(UserError, match=cure):
-        run_stage("sft", Run(tmp_path), {}, {}, "key", main)
 
 
 def test_folders_made_from_different_inputs_are_refused_with_both_fingerprints(tmp_path):

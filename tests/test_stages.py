@@ -83,6 +83,30 @@ def test_a_stage_file_too_tells_what_the_system_says(tmp_path):
         assert done.returncode == 1 and "File name too long" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "module", "told"),
+    [  # cases R04, F04
+        ("eval --help", "hnlm_ref._core", "evaluate only so many users"),
+        ("eval --run-dir RUN --k 5", "hnlm_ref._core", "the Rust extension is missing; build it with: pip install"),
+        ("show RUN", "hnlm_ref._core", "the Rust extension is missing; build it with: pip install --editable ."),
+        ("report RUN", "hnlm_ref._core", "the Rust extension is missing; build it with: pip install --editable ."),
+        (
+            "sft --run-dir RUN",
+            "accelerate",
+            "import of accelerate halted; None in sys.modules; run: pip install 'hnlm-ref[llm]'",
+        ),
+    ],
+)
+def test_a_missing_module_is_one_sentence_with_its_cure(toy_run, tmp_path, words, module, told):
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    script = f"import sys; sys.modules[{module!r}] = None; from hnlm_ref.cli import main; main()"
+    line = [sys.executable, "-c", script, *words.replace("RUN", str(run)).split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert told in " ".join((done.stdout + done.stderr).split()) and "Traceback" not in done.stderr
+    assert done.returncode == int("--help" not in words)
+
+
 def test_the_losses_told_of_a_training_are_those_of_one_thread(cli, toy_run, tmp_path):
     """The toy was trained with all cores; its mixture has more numbers in a sum than torch leaves to one thread."""
     folder = shutil.copytree(toy_run, tmp_path / "run") / "train" / "hnlm" / "seed0"
