@@ -1,6 +1,6 @@
 # make run    the demo: MovieLens-100K with SmolLM2-135M, the table of results at the end
 # make test   the whole test suite, Rust and Python
-# make check  formatting, lints, types, and every bench once without timing
+# make check  formatting, lints, types, no secrets, and every bench once without timing
 # make bench  the timings of bench/RESULTS.md; takes an hour
 
 PYTHON ?= python3
@@ -30,6 +30,7 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	! git grep -nE '\b(sk-|hf_|ghp_|AKIA)[A-Za-z0-9_-]{16}' # no key of anyone's (case X38)
 	$(BIN)/python -m pytest -q bench --benchmark-disable
 
 bench: .venv/ready
