@@ -112,6 +112,15 @@ def test_a_score_that_is_no_number_is_refused_by_user_and_count():
         score_metrics([[NAN, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], [[], []], [[1], [3]], [1])
 
 
+def test_slices_and_transposed_tables_give_what_their_copies_give():  # case R02
+    rng, one = np.random.default_rng(0), Csr.from_pairs([0, 1], [2, 0], 4, 6)
+    user, item = (rng.normal(size=(n, 10)) for n in (4, 6))
+    expected = metrics.recommend(user[:, ::2].astype(np.float32), item[:, ::2].astype(np.float32), one, 3)
+    for views in ((user[:, ::2], item[:, ::2]), (user.T.copy().T[:, ::2], np.asfortranarray(item[:, ::2]))):
+        for found, wanted in zip(metrics.recommend(*views, one, 3), expected, strict=True):
+            assert np.array_equal(found, wanted)
+
+
 def test_several_k_in_one_pass_equal_one_pass_for_each():
     rng = np.random.default_rng(0)  # case G04
     user_emb, item_emb = rng.normal(size=(30, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
