@@ -142,8 +142,7 @@ def _lines(user: dict, titles: dict[int, str]) -> Iterable[str]:
     yield from (click.style(f"  {titles[item]}", dim=True) for item in user["history"])
     for pair in user["pairs"]:
         yield "\n" + click.style(f"took {titles[pair['positive']]}", bold=True) + place(pair, 0)
-        for name, value in (pair["reply"] or {}).items():
-            yield f"  {name}: {value}"
+        yield from (f"  {name}: {value}" for name, value in (pair["reply"] or {}).items() if value is not None)
         yield "  generated negative, nearest items by similarity:" if pair["matches"] else "  no matched item"
         for n, (item, score) in enumerate(pair["matches"], 1):
             false = click.style("  held out: a false negative", fg="red") if item in held else ""

@@ -242,6 +242,7 @@ def test_a_user_is_told_line_by_line():
     reply = {"status": "ok", "text": "T", "raw": "R"}
     pairs = [
         {"positive": 1, "matches": [(2, 0.5), (4, -0.25)], "places": {"dns": [7, 1, 1200]}, "reply": reply},
+        {"positive": 0, "matches": [], "places": {"dns": [3]}, "reply": {"status": "bad", "text": None, "raw": "?"}},
         {"positive": 0, "matches": [], "places": {"dns": [3]}, "reply": None},
     ]
     user = {"key": "u7", "history": [1, 0], "n_history": 30, "held_out": [2, 3], "pairs": pairs}
@@ -251,6 +252,7 @@ def test_a_user_is_told_line_by_line():
         "\ntook B  place 7 (dns)", "  status: ok", "  text: T", "  raw: R",
         "  generated negative, nearest items by similarity:",
         "  +0.500  C  held out: a false negative  place 1 (dns)", "  -0.250  E  place 1,200 (dns)",
+        "\ntook A  place 3 (dns)", "  status: bad", "  raw: ?", "  no matched item",  # never a title "None"
         "\ntook A  place 3 (dns)", "  no matched item",
         "\ndns recommends: 1 of 2 held-out items found", "  ✓ C", "    E",
     ]  # fmt: skip
@@ -324,7 +326,7 @@ def test_show_in_the_terminal_is_plain_where_there_is_no_terminal(marked_run, cl
     """Case G07: history, positive, raw text, parsed title, matched items, similarity; the summary has quartiles."""
     prep = Run(marked_run).prep()
     unread = cli("show", marked_run, "--user", prep.users[0]["key"]).stdout  # stage 3 found no title in this reply
-    assert "status: bad\n  text: None\n  raw: I cannot say.\n  no matched item" in unread
+    assert "status: bad\n  raw: I cannot say.\n  no matched item" in unread
     key = prep.users[3]["key"]
     text = cli("show", marked_run, "--user", key).stdout
     for part in (f"user {key}", "took ", "raw: {…}", f"text: {EVIL}", "nearest items by similarity", "hnlm recommends"):
