@@ -92,7 +92,8 @@ def main(cfg: PrepConfig, run: Run) -> dict:
         log = data.renumber(data.k_core(log, cfg.k_core, counts["k-core passes"]))
         if not len(log):
             found = f"({len(pairs):,} rows, largest k with data left: {data.largest_k(pairs)})"
-            raise UserError(f"{log_path}: the {cfg.k_core}-core is empty {found}; lower k_core; {told(counts)}")
+            cure = "lower k_core" if len(pairs) else "widen min_rating and the dates"
+            raise UserError(f"{log_path}: the {cfg.k_core}-core is empty {found}; {cure}; {told(counts)}")
 
         # Part the pairs. Choice: what a random or last row tests may be an item never trained on, a later row may not.
         def split(log: data.Log) -> np.ndarray:

@@ -633,7 +633,7 @@ def test_knobs_that_cannot_be_are_refused_before_anything_runs(knobs, sentence):
 
 
 def test_a_window_that_holds_nothing_is_refused_with_the_counts(tmp_path):
-    with pytest.raises(UserError, match=r"1-core is empty \(0 rows, .* left: 0\).*before date_from: 1"):
+    with pytest.raises(UserError, match=r"1-core is empty \(0 rows, .* left: 0\); widen .*before date_from: 1"):
         prepare(tmp_path, rows("u,i,5,1500000000"), date_from="2020-01-01")
 
 
