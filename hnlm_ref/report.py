@@ -123,7 +123,8 @@ def show(run_dir: Path, key: str | None, as_json: bool) -> str:
             seconds = {m: [manifest["timing"] for manifest in view.training(m)] for m in view.methods}
             return json.dumps({"metrics": view.metrics, "counts": counts, "timing": seconds}, ensure_ascii=False)
         kinds = (result_rows, comparison_rows, list_rows, negative_rows)
-        tables = (lay_out(cells) for rows in kinds if (cells := rows([view]))[1:])
+        laid_out = (lay_out(cells).partition("\n") for rows in kinds if (cells := rows([view]))[1:])
+        tables = (click.style(names, bold=True) + newline + lines for names, newline, lines in laid_out)
         return "\n\n".join([head(view), *tables, generated_line(view)])
     numbers = {user["key"]: user["user"] for user in view.prep.users}
     if key not in numbers:

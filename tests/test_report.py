@@ -256,6 +256,7 @@ def test_a_user_is_told_line_by_line():
         "\ntook A  place 3 (dns)", "  no matched item",
         "\ndns recommends: 1 of 2 held-out items found", "  ✓ C", "    E",
     ]  # fmt: skip
+    assert lines[-2] == click.style("  ✓ C", fg="green") and "\x1b[31m  held out" in lines[8]
 
 
 def test_a_run_is_told_as_json_or_as_its_line_and_tables(toy_run, monkeypatch):
@@ -264,10 +265,12 @@ def test_a_run_is_told_as_json_or_as_its_line_and_tables(toy_run, monkeypatch):
     assert told["metrics"] == load_json(toy_run / "eval" / "metrics.json")
     assert told["timing"]["dns"] == [manifest["timing"]] and set(told["timing"]) == set(view.methods)
     assert told["counts"]["prep"]["train"] == view.prep.train.nnz
-    first, *tables, last = report.show(toy_run, None, False).split("\n\n")
+    shown = report.show(toy_run, None, False)
+    bold = [click.unstyle(line).split("  ")[0] for line in shown.splitlines() if line.startswith("\x1b[1m")]
+    first, *tables, last = click.unstyle(shown).split("\n\n")
     assert first == report.head(view) and last == report.generated_line(view)
     beginnings = ["method", "ndcg@20, paired over users", "lists of", "negatives of"]
-    assert [text.split("  ")[0] for text in tables] == beginnings
+    assert [text.split("  ")[0] for text in tables] == beginnings == bold
     monkeypatch.setattr(report, "compare", lambda *_: [])  # as of one method alone
     assert "paired over users" not in report.show(toy_run, None, False)
 
