@@ -255,8 +255,9 @@ def unseen(log: Log, drop: bool, counts: dict) -> Log:
     new_item = held & ~np.isin(log.item, log.item[~held])
     counts["held-out rows of unseen users"] = int(new_user.sum())
     counts["held-out rows of unseen items"] = int(new_item.sum())
-    counts["held-out rows left out"] = int((new_user | new_item).sum()) if drop else 0  # a row may be both
-    return log.take(~(new_user | new_item)) if drop else log
+    left_out = (new_user | new_item) & drop  # a row may be both
+    counts["held-out rows left out"] = int(left_out.sum())
+    return log.take(~left_out) if drop else log
 
 
 def ready_split(log: Log, counts: dict) -> Log:

@@ -9,7 +9,6 @@ import ast
 import codecs
 import contextlib
 import csv
-import functools
 import gzip
 import json
 import re
@@ -27,6 +26,7 @@ from hnlm_ref.artifacts import no_half_characters
 from hnlm_ref.console import UserError, progress
 from hnlm_ref.knobs import unknown
 
+JSON = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is nothing
 BLOCK = 1 << 23  # bytes read at once
 HEAD = 1 << 18  # bytes looked at to find out what a file is
 LOG_ROLES = ("user", "item", "history", "rating", "time", "text")  # history: several items in one field, oldest first
@@ -258,7 +258,7 @@ def _has_quotes(path: Path, encoding: str) -> bool:
 
 def value_of(text: str) -> Any:
     """What JSON says, NaN as null, or else a Python literal, as in Amazon's 2014 files; None if it is neither."""
-    for parse in (functools.partial(json.loads, parse_constant=lambda _: None), ast.literal_eval):
+    for parse in (JSON.decode, ast.literal_eval):
         with contextlib.suppress(ValueError, TypeError, SyntaxError), warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
             return parse(text)

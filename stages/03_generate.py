@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hnlm_ref.artifacts import Csr, Run, file_fingerprint, load_npy, own_share, resolve_path, save_json, save_npy
+from hnlm_ref.artifacts import Run, file_fingerprint, load_npy, own_share, resolve_path, save_json, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import StageCommand, knob
 from hnlm_ref.profiles import AskConfig
@@ -163,8 +163,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         catalogue = [item["title"] for item in prep.items]
         lowest = max(cfg.min_similarity, 0.0)
 
-        def match(refused: Csr, n: int) -> Sequence[np.ndarray]:
-            return _core.match_titles(said, catalogue, users, refused.indptr, refused.indices, n, lowest)
+        def match(refused: tuple, n: int) -> Sequence[np.ndarray]:
+            return _core.match_titles(said, catalogue, users, *refused, n, lowest)
     else:
         if model:
             parts = torch.from_numpy(h).split(4096)
@@ -176,15 +176,14 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         band = cfg.min_similarity, cfg.max_similarity
         blocks = list(zip(llm.cut(z, 1 << 14), llm.cut(users, 1 << 14), strict=True))
 
-        def match(refused: Csr, n: int) -> Sequence[np.ndarray]:
-            graph = refused.indptr, refused.indices
+        def match(refused: tuple, n: int) -> Sequence[np.ndarray]:
             found = [
-                _core.match_items(some, item_vectors, theirs, *graph, n, *band, run.n_threads)
+                _core.match_items(some, item_vectors, theirs, *refused, n, *band, run.n_threads)
                 for some, theirs in progress(blocks, desc="matching", unit="block")
             ]
             return [np.concatenate(part) for part in zip(*found, strict=True)]
 
-    matches, scores = match(blocked, cfg.n_matches)  # [N, m]
+    matches, scores = match((blocked.indptr, blocked.indices), cfg.n_matches)  # [N, m]
     if (matches < 0).all():
         raise UserError("no negative matches any item; widen min_similarity and max_similarity, or lower skip_ranks")
     save_npy(out / "item_vectors.npy", item_vectors)
@@ -204,7 +203,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     save_json(out / "quality.json", table)
     for figure in table["uniform"]:
         say(f"[generate] {figure:22}" + "".join(f"{name}: {figures[figure]!s:<12}" for name, figures in table.items()))
-    nearest = match(Csr.from_pairs([], [], prep.n_users, prep.n_items), 1)[0]  # [N, 1], were nothing refused
+    nothing = np.zeros_like(prep.train.indptr), prep.train.indices[:0]
+    nearest = match(nothing, 1)[0]  # [N, 1], were nothing refused
     n_taken = int((nearest >= 0).sum() - _core.filter_candidates(*graph, users, nearest)[1].sum())
     say(f"[generate] the nearest item of {n_taken / len(pairs):.1%} of the negatives is one their user took: left out")
     counts |= {"pairs": len(pairs), "pairs without match": int((matches[:, 0] < 0).sum())}
