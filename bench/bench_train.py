@@ -61,7 +61,7 @@ def alone(function, *args):
 
 
 def train_ours(run, backbone, sampler, pool_size, batch_size, n_epochs, seed=0):
-    """Seconds of each epoch (sampling included), seconds spent in drawing and picking, and test scores."""
+    """Seconds of each epoch (sampling included), share of them spent in drawing and choosing, and test scores."""
     prep = run.prep()
     torch.manual_seed(training.epoch_seed(seed, 0))
     encoder = recommender.ENCODERS[backbone](prep.train, 64, 2)
@@ -76,8 +76,8 @@ def train_ours(run, backbone, sampler, pool_size, batch_size, n_epochs, seed=0):
     def batch_loss(batch, layers):
         user_emb, item_emb = encoder.split(layers)
         e_u, e_i = losses.take(user_emb, batch.users), losses.take(item_emb, batch.items)
-        j, e_j = timed(sampler.pick, batch, layers, user_emb, item_emb)
-        rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
+        j = timed(sampler.choose, batch, user_emb, item_emb)
+        rank = losses.bpr_loss(losses.score_gaps(e_u, e_i, losses.take(item_emb, j)))
         return rank + 1e-4 * encoder.l2(batch, j), {}
 
     done = training.fit(

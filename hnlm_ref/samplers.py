@@ -167,25 +167,27 @@ class Sampler:
             e_u = losses.take(user_emb, batch.users).detach()
             place, vectors = mix_hops(e_u, pos_layers, candidate_layers, share)
             return batch.candidates.gather(2, place)[..., 0], vectors  # the item of layer 0 stands for the mixture
-        with torch.no_grad():
-            pool = batch.candidates  # [B, n, M]
-            if self.generated is not None and self.sampler != "hnlm":
-                pool = self._with_matched(batch)  # [B, n, M + m], -1: not a candidate
-            if pool.shape[2] == 1:
-                items = pool[..., 0]
-            else:
-                e_u = losses.take(user_emb, batch.users)  # [B, d]
-                scores = torch.einsum("bd,bnmd->bnm", e_u, losses.take(item_emb, pool.clamp(min=0)))
-                scores = scores.masked_fill(pool < 0, -torch.inf)
-                if self.kind == "dns_mn":
-                    place = pick_among_top(scores, self.n_top)
-                elif self.kind == "ahns":
-                    pos_scores = (e_u * losses.take(item_emb, batch.items)).sum(-1)
-                    place = pick_adaptive(scores, pos_scores, self.ahns_alpha, self.ahns_beta, self.ahns_p)
-                else:
-                    place = scores.argmax(-1)  # DNS (Zhang et al., SIGIR 2013): the hardest
-                items = pool.gather(2, place[..., None])[..., 0]
+        items = self.choose(batch, user_emb, item_emb)
         return items, losses.take(item_emb, items)
+
+    @torch.no_grad()
+    def choose(self, batch: Batch, user_emb: Tensor, item_emb: Tensor) -> Tensor:
+        """The items that `pick` takes, int64 [B, n]; MixGCF, which mixes several into one, has none."""
+        pool = batch.candidates  # [B, n, M]
+        if self.generated is not None and self.sampler != "hnlm":
+            pool = self._with_matched(batch)  # [B, n, M + m], -1: not a candidate
+        if pool.shape[2] == 1:
+            return pool[..., 0]
+        e_u = losses.take(user_emb, batch.users)  # [B, d]
+        scores = losses.scores_of(e_u, item_emb, pool.clamp(min=0)).masked_fill(pool < 0, -torch.inf)
+        if self.kind == "dns_mn":
+            place = pick_among_top(scores, self.n_top)
+        elif self.kind == "ahns":
+            pos_scores = (e_u * losses.take(item_emb, batch.items)).sum(-1)
+            place = pick_adaptive(scores, pos_scores, self.ahns_alpha, self.ahns_beta, self.ahns_p)
+        else:
+            place = scores.argmax(-1)  # DNS (Zhang et al., SIGIR 2013): the hardest
+        return pool.gather(2, place[..., None])[..., 0]
 
     def ramp(self, epoch: int) -> float:
         """Share of the generated negatives' full weight in this epoch: rises linearly to 1 (Choice)."""

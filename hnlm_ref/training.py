@@ -213,7 +213,7 @@ def warm_up(
         user_emb, item_emb = encoder.split(layers)
         e_u, e_i = losses.take(user_emb, batch.users), losses.take(item_emb, batch.items)  # [B, d]
         j, e_j = sampler.pick(batch, layers, user_emb, item_emb)  # [B, 1], [B, 1, d]
-        rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
+        rank = losses.bpr_loss(losses.score_gaps(e_u, e_i, e_j))
         return rank + 1e-4 * encoder.l2(batch, j), {}
 
     model = nn.ModuleDict({"encoder": encoder})

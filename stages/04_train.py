@@ -183,11 +183,9 @@ def main(cfg: TrainConfig, run: Run) -> dict:
             terms["cl"] = losses.contrast_loss(e_u[has], e_i[has], e_hard, cfg.cl_temperature)
             total = total + cfg.lambda_cl * terms["cl"]
 
-        pos_scores, neg_scores = (e_u * e_i).sum(-1), (e_u[:, None] * e_minus).sum(-1)  # [B], [B, n]
-        if cfg.rank_loss == "bpr":
-            terms["rank"] = losses.bpr_loss(pos_scores, neg_scores)
-        else:
-            terms["rank"] = losses.hinge_loss(pos_scores, neg_scores, cfg.hinge_margin)
+        gaps = losses.score_gaps(e_u, e_i, e_minus)  # [B, n]
+        rank = losses.bpr_loss(gaps) if cfg.rank_loss == "bpr" else losses.hinge_loss(gaps, cfg.hinge_margin)
+        terms["rank"] = rank
         terms["l2"] = encoder.l2(batch, j)
         terms["extra"] = encoder.extra_loss(batch, layers)
         total = total + terms["rank"] + cfg.lambda_reg * terms["l2"] + cfg.lambda_extra * terms["extra"]

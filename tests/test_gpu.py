@@ -110,8 +110,7 @@ def test_an_epoch_of_training(toy_run, backbone):
         def batch_loss(batch, layers, encoder=encoder, sampler=sampler):
             user_emb, item_emb = encoder.split(layers)
             j, e_j = sampler.pick(batch, layers, user_emb, item_emb)
-            pos_scores = (user_emb[batch.users] * item_emb[batch.items]).sum(-1)
-            rank = losses.bpr_loss(pos_scores, (user_emb[batch.users][:, None] * e_j).sum(-1))
+            rank = losses.bpr_loss(losses.score_gaps(user_emb[batch.users], item_emb[batch.items], e_j))
             return rank + 1e-4 * encoder.l2(batch, j), {}
 
         done = training.fit(

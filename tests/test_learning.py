@@ -41,7 +41,7 @@ class Training:
         user_emb, item_emb = self.encoder.split(layers)
         _, e_j = self.sampler.pick(batch, layers, user_emb, item_emb)
         e_u, e_i = user_emb[batch.users], item_emb[batch.items]
-        loss = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
+        loss = losses.bpr_loss(losses.score_gaps(e_u, e_i, e_j))
         return self.extra(batch.epoch, loss), {"rank": loss}
 
     def fit(self, **knobs):

@@ -20,9 +20,10 @@ def test_a_total_of_many_numbers_is_the_same_for_any_number_of_threads():
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
             pos, neg = x[:50_000], x[50_000:100_000, None]
+            gaps = neg - pos[:, None]
             table, rows = x[:80_000].view(-1, 1), torch.arange(80_000)
-            values = losses.total(x), losses.bpr_loss(pos, neg), losses.l2_loss(table, rows)
-            values += losses.hinge_loss(pos, neg, 0.3), losses.anchor_loss(pos[:, None], neg)
+            values = losses.total(x), losses.bpr_loss(gaps), losses.l2_loss(table, rows)
+            values += losses.hinge_loss(gaps, 0.3), losses.anchor_loss(pos[:, None], neg)
             found[n_threads] = [value.item() for value in values]
     finally:
         torch.set_num_threads(before)
@@ -52,26 +53,53 @@ def test_rows_are_taken_and_their_gradients_added_up_the_same_for_any_number_of_
     assert found[0] == found[1] == found[2]
 
 
+def test_the_scores_of_candidates_are_those_of_the_whole_product_for_any_number_of_threads():
+    random, before, found = np.random.default_rng(0), torch.get_num_threads(), []
+    users, items = (random.integers(-9, 10, (n, 64)).astype(np.float32) for n in (700, 90))  # sums of these are exact
+    candidates = random.integers(0, 90, (700, 2, 8))  # in no order, some of them twice
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            found.append(losses.scores_of(*map(torch.from_numpy, (users, items, candidates))).numpy())
+    finally:
+        torch.set_num_threads(before)
+    expected = np.take_along_axis(users @ items.T, candidates.reshape(700, 16), axis=1).reshape(700, 2, 8)
+    assert all(np.array_equal(scores, expected) for scores in found)
+
+
+def test_a_gap_is_the_negative_s_score_less_the_positive_s():
+    e_u, e_i = tensor([[1.0, 2.0], [0.0, -1.0]], grad=True), tensor([[3.0, 0.5], [1.0, 1.0]], grad=True)
+    e_j = tensor([[[1.0, 1.0], [0.0, 4.0]], [[2.0, -3.0], [5.0, 1.0]]], grad=True)
+    gaps = losses.score_gaps(e_u, e_i, e_j)
+    # s_ui 1 x 3 + 2 x 0.5 = 4 and -1; s_uj 1 + 2 = 3, 8 and 3, -1
+    assert gaps.tolist() == [[-1.0, 4.0], [4.0, 0.0]]
+    (gaps * tensor([[1.0, 2.0], [3.0, 5.0]])).sum().backward()
+    # by e_u: sum of weight x (e_j - e_i); by e_i: -(1 + 2) e_u, -(3 + 5) e_u; by e_j: weight x e_u
+    assert e_u.grad.tolist() == [[-8.0, 7.5], [23.0, -12.0]]
+    assert e_i.grad.tolist() == [[-3.0, -6.0], [0.0, 8.0]]
+    assert e_j.grad.tolist() == [[[1.0, 2.0], [2.0, 4.0]], [[0.0, -3.0], [0.0, -5.0]]]
+
+
 def test_bpr_is_exact_far_from_zero_and_keeps_its_gradient():  # case E02
-    pos, neg = tensor([2.0, 0.0, -200.0], grad=True), tensor([[0.0], [0.0], [0.0]])
-    each = [losses.bpr_loss(pos[r : r + 1], neg[r : r + 1]).item() for r in range(3)]
+    gaps = tensor([[-2.0], [0.0], [200.0]], grad=True)
+    each = [losses.bpr_loss(gaps[r : r + 1]).item() for r in range(3)]
     assert each == pytest.approx([0.126928, 0.693147, 200.0], abs=1e-6)
-    loss = losses.bpr_loss(pos, neg)
+    loss = losses.bpr_loss(gaps)
     assert loss.item() == pytest.approx(66.940025, abs=1e-6)
     loss.backward()
-    assert pos.grad[2] * 3 == pytest.approx(-1.0)  # the mean over three rows shares it out
+    assert gaps.grad[2] * 3 == pytest.approx(1.0)  # the mean over three rows shares it out
 
 
 def test_several_negatives_add_up_inside_the_logarithm():  # case E15
-    assert losses.bpr_loss(tensor([0.0]), tensor([[100.0, 100.0]])).item() == pytest.approx(100.693147, abs=1e-6)
+    assert losses.bpr_loss(tensor([[100.0, 100.0]])).item() == pytest.approx(100.693147, abs=1e-6)
     rows = [math.log(1 + math.exp(0.5 - 1) + math.exp(-0.5 - 1)), math.log(1 + math.exp(2 + 1) + math.exp(0 + 1))]
-    got = losses.bpr_loss(tensor([1.0, -1.0]), tensor([[0.5, -0.5], [2.0, 0.0]]))
+    got = losses.bpr_loss(tensor([[0.5 - 1, -0.5 - 1], [2.0 + 1, 0.0 + 1]]))
     assert got.item() == pytest.approx(sum(rows) / 2)
 
 
 def test_hinge_counts_only_what_comes_within_the_margin():
-    # margin 0.3: 0.3 - 1 + 0.9 = 0.2; 0.3 - 1 + 0 < 0; 0.3 - 0 + 0.1 = 0.4; 0.3 - 0 + 0.3 = 0.6
-    got = losses.hinge_loss(tensor([1.0, 0.0]), tensor([[0.9, 0.0], [0.1, 0.3]]), margin=0.3)
+    # margin 0.3: 0.3 - 0.1 = 0.2; 0.3 - 1 < 0; 0.3 + 0.1 = 0.4; 0.3 + 0.3 = 0.6
+    got = losses.hinge_loss(tensor([[-0.1, -1.0], [0.1, 0.3]]), margin=0.3)
     assert got.item() == pytest.approx((0.2 + 0 + 0.4 + 0.6) / 4)
 
 
@@ -131,12 +159,8 @@ def test_info_nce_equals_a_loop():
 
 
 def test_one_negative_a_row_is_a_column_and_never_every_row_s():
-    scores, vectors = torch.zeros(3), torch.zeros(3, 4)
-    assert losses.bpr_loss(scores, scores[:, None]).item() == pytest.approx(math.log(2))
-    for wrong in (
-        lambda: losses.bpr_loss(scores, scores),
-        lambda: losses.hinge_loss(scores, scores, 0.3),
-        lambda: losses.mix(vectors, vectors, 0.5),
-    ):
+    vectors = torch.zeros(3, 4)
+    assert losses.score_gaps(vectors, vectors, vectors[:, None]).shape == (3, 1)
+    for wrong in (lambda: losses.score_gaps(vectors, vectors, vectors), lambda: losses.mix(vectors, vectors, 0.5)):
         with pytest.raises(RuntimeError, match="expand"):
             wrong()

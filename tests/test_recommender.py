@@ -120,7 +120,7 @@ def test_the_warm_up_is_lightgcn_with_the_hardest_of_four_and_a_little_l2():
         user_emb, item_emb = encoder.split(layers)
         j, e_j = sampler.pick(batch, layers, user_emb, item_emb)
         e_u, e_i = (torch.nn.functional.embedding(*of) for of in ((batch.users, user_emb), (batch.items, item_emb)))
-        rank = losses.bpr_loss((e_u * e_i).sum(-1), (e_u[:, None] * e_j).sum(-1))
+        rank = losses.bpr_loss(losses.score_gaps(e_u, e_i, e_j))
         return rank + 1e-4 * losses.l2_loss(encoder.table, batch.users, 30 + batch.items, 30 + j), {}
 
     how = {"seed": 4, "lr": 0.02, "n_epochs": 9, "batch_size": 50}
