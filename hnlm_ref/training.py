@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import os
@@ -42,25 +43,28 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Memory that is freed in here stays with the process, where its C library is glibc; elsewhere nothing changes.
+    """In here what is there already is not looked through for garbage, and memory that is freed stays with the process.
 
-    glibc gives blocks above 32 MB back to the system when they are freed. A step makes several tables of all users and
-    items, and from some 130,000 of them asking for fresh pages takes longer than the arithmetic.
+    Python goes through all that the imports made in one of the epochs, and takes as long as ten epochs of MF on
+    MovieLens. And glibc gives blocks above 32 MB back to the system when they are freed: a step makes several tables of
+    all users and items, and from some 130,000 of them asking for fresh pages takes longer than the arithmetic.
     """
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if libc is None or not hasattr(libc, "mallopt"):
-        yield
-        return
+    gc.freeze()
+    libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    glibc = hasattr(libc, "mallopt")
     trim, mmap_threshold, mmap_max = -1, -3, -4  # names of malloc.h
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim, 2**31 - 1)
+    if glibc:
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim, 2**31 - 1)
     try:
         yield
-    finally:  # to where glibc's own adjustment ends, which any setting switches off
-        libc.mallopt(mmap_max, 1 << 16)
-        libc.mallopt(mmap_threshold, 1 << 25)
-        libc.mallopt(trim, 1 << 26)
-        libc.malloc_trim(0)
+    finally:
+        gc.unfreeze()
+        if glibc:  # to where its own adjustment ends, which any setting switches off
+            libc.mallopt(mmap_max, 1 << 16)
+            libc.mallopt(mmap_threshold, 1 << 25)
+            libc.mallopt(trim, 1 << 26)
+            libc.malloc_trim(0)
 
 
 @kept_memory()

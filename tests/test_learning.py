@@ -1,6 +1,7 @@
 """The training loop: against a plain loop in dense torch, and what it promises about epochs, seeds and checkpoints."""
 
 import ctypes
+import gc
 import math
 import subprocess
 import sys
@@ -265,6 +266,14 @@ def test_freed_memory_is_used_again_while_a_model_trains():
     told = subprocess.run([sys.executable, "-c", FRESH_PAGES], capture_output=True, text=True, check=True, cwd=ROOT)
     given_back, kept = map(int, told.stdout.split())
     assert 3 * kept < given_back
+
+
+def test_what_was_there_before_a_training_is_no_garbage_to_look_through_and_is_again_afterwards():
+    training, plain, frozen = Training(), gc.get_freeze_count(), []
+    training.extra = lambda epoch, loss: frozen.append(gc.get_freeze_count()) or loss
+    training.fit(n_epochs=1)
+    assert min(frozen) > plain + 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_without_validation_pairs_the_last_epoch_is_kept():
