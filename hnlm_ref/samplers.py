@@ -179,7 +179,9 @@ class Sampler:
         if pool.shape[2] == 1:
             return pool[..., 0]
         e_u = losses.take(user_emb, batch.users)  # [B, d]
-        scores = losses.scores_of(e_u, item_emb, pool.clamp(min=0)).masked_fill(pool < 0, -torch.inf)
+        scores = losses.scores_of(e_u, item_emb, pool.clamp(min=0))
+        if pool is not batch.candidates:
+            scores = scores.masked_fill(pool < 0, -torch.inf)
         if self.kind == "dns_mn":
             place = pick_among_top(scores, self.n_top)
         elif self.kind == "ahns":
