@@ -85,7 +85,7 @@ def unknown(name: str, known: Collection[str]) -> str:
 # ---- presets ----------------------------------------------------------------------------------------------------
 
 
-def load_preset(name: str | None, beside: Path = Path()) -> dict[str, dict]:
+def load_preset(name: str | None, beside: Path = Path(), above: tuple[Path, ...] = ()) -> dict[str, dict]:
     """The tables of a preset, by name or by path to a .toml file; no preset has no tables.
 
     `extends = NAME` in its first lines lays them over those of another preset; a path there is relative to the file.
@@ -95,11 +95,13 @@ def load_preset(name: str | None, beside: Path = Path()) -> dict[str, dict]:
     path = beside / name if name.endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"no preset {name!r}: {unknown(name, sorted(p.stem for p in PRESETS.glob('*.toml')))}")
+    if path.resolve() in above:
+        raise UserError(f"preset {path} extends itself, by way of {len(above)} file(s); leave out one `extends`")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"preset {path}: {error}") from error
-    below = load_preset(cast(str | None, tables.pop("extends", None)), path.parent)
+    below = load_preset(cast(str | None, tables.pop("extends", None)), path.parent, (*above, path.resolve()))
     for table, content in tables.items():
         if table not in TABLES:
             raise UserError(f"preset {path}: unknown table [{table}]; {unknown(table, TABLES)}")

@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before the import: no fork warnings (case D16)
 
 import accelerate
+import jinja2
 import numpy as np
 import peft
 import torch
@@ -323,7 +324,11 @@ def chat_ids(tokenizer: Any, message: str) -> list[int]:
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": message}]
         how = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
-        return list(tokenizer.apply_chat_template(chat, enable_thinking=False, **how))
+        try:
+            return list(tokenizer.apply_chat_template(chat, enable_thinking=False, **how))
+        except jinja2.TemplateError as error:
+            cure = "mend chat_template in its folder or take another model"
+            raise UserError(f"the model's chat template fails on a single question: {error}; {cure}") from error
     return special_ids(tokenizer)[0] + encode(tokenizer, [message])[0]
 
 

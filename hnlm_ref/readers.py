@@ -197,6 +197,7 @@ def sniff(
         raise UserError(f"{path} is a zip archive; unpack it first")
     given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     try:
+        "a".encode(encoding)  # not hex, zip, rot13 ...
         text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
     except (LookupError, ValueError) as error:
         raise UserError(f"{path}: --encoding {encoding}: {error}; name another, such as latin-1") from error

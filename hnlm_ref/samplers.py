@@ -244,6 +244,14 @@ def semantic_guard(item_text: np.ndarray, train: Csr, threshold: float) -> Csr:
     return Csr(np.cumsum([0, *map(len, found)]), np.concatenate(found), train.n_cols)
 
 
+def n_refused(negatives: np.ndarray, blocked: Csr | None) -> int:
+    """How many of the pairs (user, item), int32 [n, 2], are blocked."""
+    if blocked is None:
+        return 0
+    users, items = np.ascontiguousarray(negatives.T)
+    return int((_core.filter_candidates(blocked.indptr, blocked.indices, users, items[:, None])[1] == 0).sum())
+
+
 # ---- generated negatives ----------------------------------------------------------------------------------------
 
 

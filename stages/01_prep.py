@@ -76,6 +76,9 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     layouts += [readers.sniff(resolve_path(str(path)), same, *how) if path else None for path in parts[1:]]
     for layout in filter(None, layouts):
         say(f"[prep] {layout.path}: {layout}")
+    if cfg.split == "time" and "history" in layouts[0].columns and not layouts[2]:
+        told_by = "a history, which orders a user's items but tells no time that users share"
+        raise UserError(f"--split time: each line of {log_path} is {told_by}; use leave-one, leave-two or ratio")
     bad = readers.Bad(cfg.skip_bad_rows)
     log = data.read_logs(layouts, bad)
     counts = {"format": str(layouts[0]), "rows": len(log)}

@@ -89,9 +89,10 @@ def main(cfg: SftConfig, run: Run) -> dict:
     torch.set_num_threads(run.n_threads or torch.get_num_threads())
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the steps: one, unless launched so
 
-    # The model, before anything is computed: one that cannot be loaded or used is told at once (case D14).
+    # The model and its prompts, before anything is computed: what cannot be used is told at once (case D14).
     base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
     llm.check_rows(cfg.model, base, max(cfg.max_user_tokens + cfg.max_item_tokens, llm.TEXT_TOKENS + 2))
+    queries = llm.make_queries(tokenizer, prep.users, prep.items, cfg.max_user_tokens, cfg.max_item_tokens)
 
     # The collaborative signal c_u, c_i: from train alone, early-stopped on valid.
     with team.main_process_first():
@@ -150,7 +151,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
             for j in mined_items
         )
         save_jsonl(out / "triplets.jsonl", triplets)
-    queries = llm.make_queries(tokenizer, prep.users, prep.items, cfg.max_user_tokens, cfg.max_item_tokens)
     n_triplets = sum(len(pairs) for pairs in mined.values()) * cfg.n_positives
     say(f"[sft] {n_triplets:,} triplets, those of {len(held_out)} users held out")
     say(f"[sft] {queries.n_shortened:,} prompt parts cut to their token limit")

@@ -517,6 +517,20 @@ def test_a_file_name_that_is_no_utf_8_is_kept(cli, tmp_path):
     assert "1 users x 1 items" in cli("data", log, PYTHONIOENCODING="utf-8:strict").stdout
 
 
+def test_a_history_cannot_be_split_by_time(tmp_path):
+    (tmp_path / "log.txt").write_text("u c a b\nv a b c d\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--split time: each line of .*log\.txt is a history, which orders"):
+        prepare(tmp_path / "run", tmp_path / "log.txt", split="time", format="sequence")
+    assert prepare(tmp_path / "run", tmp_path / "log.txt", split="leave-one").pairs("test") == {("u", "b"), ("v", "d")}
+
+
+def test_the_unit_of_the_times_can_be_named_when_a_log_is_looked_at(cli, tmp_path):
+    (tmp_path / "log.csv").write_text(HEADER + "u,i,5,5\nu,j,5,1600000000\n", encoding="utf-8")
+    refused = cli("data", tmp_path / "log.csv")
+    assert "time 1600000000 cannot be in order as the first one is (or name --time-unit)" in refused.stdout
+    assert "2 rows, 0 that cannot be read" in cli("data", tmp_path / "log.csv", "--time-unit", "s").stdout
+
+
 def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
     told = data.describe(str(case_input("a03_kcore_passes.csv")))
     for part in ("csv", "time in s", "13 rows", "5 users x 5 items", "2-core: 3 users x 3 items, 9 pairs"):

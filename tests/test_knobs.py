@@ -206,6 +206,13 @@ def test_a_preset_lies_over_the_one_it_extends(tmp_path):
         load_preset(str(tmp_path / "lost.toml"))
 
 
+def test_presets_that_extend_each_other_are_one_sentence(tmp_path):
+    (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
+    with pytest.raises(UserError, match=r"a\.toml extends itself, by way of 2 file"):
+        load_preset(str(tmp_path / "a.toml"))
+
+
 def test_a_table_under_the_name_of_a_sampler_is_of_that_sampler():
     tables = {"methods": {"dns": {"pool_size": 8}, "mine": {"lr": 0.1}, "ahns": {"sampler": "mixgcf"}}}
     made = {m: load_stage("train").configure(tables, ("", {"method": m})) for m in ("dns", "dns@lr=1", "mine", "ahns")}

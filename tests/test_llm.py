@@ -200,6 +200,13 @@ def test_a_chat_template_that_writes_bos_gives_one_bos():
     assert ids == [0, *llm.encode(tokenizer, [hostile + "!"])[0]]  # case D06
 
 
+def test_a_chat_template_that_fails_is_one_sentence():
+    _, tokenizer = llm.tiny_model()
+    tokenizer.chat_template = "{{ raise_exception('a system message is wanted') }}"
+    with pytest.raises(UserError, match="chat template fails on a single question: a system message is wanted; mend"):
+        llm.chat_ids(tokenizer, "hi")
+
+
 CF = np.random.default_rng(5).normal(size=(2, 2, 4)).astype(np.float32)  # of two users, of two items
 
 

@@ -575,6 +575,7 @@ def test_a_no_break_space_is_a_part_of_an_id(tmp_path, bad):
         ({"columns": ("usr=user_id",)}, r"write role=column; did you mean 'user'"),
         ({"columns": ("user=item_id",)}, r"'item_id' stands for item and user; drop one"),
         ({"encoding": "latin-99"}, r"unknown encoding: latin-99"),
+        ({"encoding": "hex"}, r"log.csv: --encoding hex: .hex. is not a text encoding; .*; name another"),
         ({"encoding": "utf-16"}, r"log.csv: --encoding utf-16: UTF-16 stream does not start with BOM; name another"),
         ({"encoding": "cp1252"}, r"after line 1: .*can't decode byte 0x81 .*; name another --encoding"),
         ({"valid_file": "/dev/null"}, r"--valid-file /dev/null needs --test-file"),

@@ -359,10 +359,12 @@ def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
             run_stage("sft", run, *words)
 
 
-def test_a_model_that_cannot_be_loaded_is_told_before_the_warm_up(toy_run, tmp_path, monkeypatch):  # case D14
+def test_a_model_or_prompts_that_cannot_be_used_are_told_before_the_warm_up(toy_run, tmp_path, monkeypatch):  # case D14
     monkeypatch.setattr(training, "warm_up", None)
     with pytest.raises(UserError, match=f"--model {tmp_path}: not a folder"):
         run_stage("sft", with_prep(toy_run, tmp_path / "run"), "--model", tmp_path)
+    with pytest.raises(UserError, match="max_user_tokens and max_item_tokens leave no room beside the instructions"):
+        run_stage("sft", with_prep(toy_run, tmp_path / "short"), "--max-user-tokens", 9)
 
 
 def test_at_most_a_quarter_of_the_users_is_held_out(toy_run, tmp_path):

@@ -384,3 +384,18 @@ def test_the_guard_refuses_matched_items_as_well(run_dir):
     manifest = load_json(folder / "manifest.json")
     assert manifest["counts"]["pairs with a generated negative"] == sum(left) < 100
     assert list(manifest["inputs"]) == ["prep", "sft", "generate"]
+
+
+def test_negatives_that_the_guard_refuses_for_want_of_others_are_counted(run_dir):
+    from hnlm_ref.samplers import semantic_guard
+
+    known, text = load_csr(run_dir / "prep", "train", N_ITEMS), load_npy(run_dir / "sft" / "item_text.npy")
+    counted = []
+    for threshold in ("-9", "-1.5", "9"):  # refuses all that was not taken, most, nothing
+        blocked = semantic_guard(text, known, float(threshold))
+        folder = train(run_dir, "uniform", "--guard-threshold", threshold, "--n-negatives", "2")
+        negatives = load_npy(folder / "negatives.npy").tolist()
+        counts = load_json(folder / "manifest.json")["counts"]
+        counted.append(counts["negatives that the guard refuses, for want of others"])
+        assert counted[-1] == sum(item in blocked.row(user) for user, item in negatives)
+    assert len(negatives) == counted[0] > counted[1] > counted[2] == 0
