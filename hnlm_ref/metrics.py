@@ -21,12 +21,7 @@ N_RESAMPLES, N_FLIPS = 2_000, 10_000  # of the users' differences, for the inter
 
 
 def evaluate(
-    user_emb: np.ndarray,
-    item_emb: np.ndarray,
-    exclude: Csr,
-    held_out: Csr,
-    ks: tuple[int, ...] = (10, 20),
-    n_threads: int = 0,
+    user_emb: np.ndarray, item_emb: np.ndarray, exclude: Csr, held_out: Csr, ks: tuple[int, ...], n_threads: int = 0
 ) -> dict[str, np.ndarray]:
     """Metrics of every user for the scores user_emb @ item_emb.T, which are never held as a whole (case C17).
 

@@ -241,8 +241,8 @@ some = rng.choice(n, 500, replace=False)
 held_out = Csr.from_pairs(some, some, n, n)
 nothing = Csr(np.zeros(n + 1, np.int64), np.zeros(0, np.int32), n)
 before = peak()
-one = metrics.evaluate(*tables, nothing, held_out, n_threads=1)["ndcg@20"]
-two = metrics.evaluate(*tables, nothing, held_out, n_threads=2)["ndcg@20"]
+one = metrics.evaluate(*tables, nothing, held_out, (20,), n_threads=1)["ndcg@20"]
+two = metrics.evaluate(*tables, nothing, held_out, (20,), n_threads=2)["ndcg@20"]
 assert np.array_equal(one, two, equal_nan=True)
 lists = metrics.recommend(tables[0], tables[1], nothing, 20)[0]
 print(peak() - before)
