@@ -98,21 +98,19 @@ def main(cfg: EvalConfig, run: Run) -> dict:
         if len(drawn):
             found[source] = analyses.describe_negatives(drawn, prep.train, test, warm_up, run.n_threads)
 
-    save_json(
-        run.out / "metrics.json",
-        {
-            "k": list(ks),
-            "columns": list(of_users),
-            "users": len(users),
-            "users_without_test": n_without,
-            "subset": subset,
-            "popularity_groups": analyses.describe_groups(item_groups, popularity, test_items, N_POPULARITY),
-            "activity_groups": analyses.describe_groups(user_groups, activity, test_users, N_ACTIVITY),
-            "methods": results,
-            "negatives": found,
-            "generated": generated,
-        },
-    )
+    told = {
+        "k": list(ks),
+        "columns": list(of_users),
+        "users": len(users),
+        "users_without_test": n_without,
+        "subset": subset,
+        "popularity_groups": analyses.describe_groups(item_groups, popularity, test_items, N_POPULARITY),
+        "activity_groups": analyses.describe_groups(user_groups, activity, test_users, N_ACTIVITY),
+        "methods": results,
+        "negatives": found,
+        "generated": generated,
+    }
+    save_json(run.out / "metrics.json", told)
     view = View(run.dir, run.out, test)
     compared = report.compare([view], f"recall@{k}") + report.compare([view], f"ndcg@{k}")
     save_json(run.out / "comparisons.json", compared)
