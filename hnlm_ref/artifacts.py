@@ -272,14 +272,17 @@ class Run:
         """Whether the stage is finished."""
         return (self.dir / stage / "manifest.json").exists()
 
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether the finished stage is that of `key`."""
+        return self.has(stage) and self.manifest(stage).get("key") == key
+
     def manifest(self, stage: str) -> dict:
-        path = self.dir / stage / "manifest.json"
-        if not path.exists():
+        if not self.has(stage):
             name, *method = stage.split("/")
             command = f"hnlm-ref {name}" + (f" --preset {self.preset}" if self.preset else "")
             command += f" --method {method[0]} --seed {method[1].removeprefix('seed')}" if method else ""
             raise UserError(f"{self.dir / stage} is not finished; run: {command} --run-dir {self.dir}")
-        return load_json(path)
+        return load_json(self.dir / stage / "manifest.json")
 
     def fingerprint(self, stage: str) -> str:
         return self.manifest(stage)["fingerprint"]
@@ -314,12 +317,6 @@ class Run:
         return {stage: manifest["fingerprint"] for stage, manifest in found.items()}
 
 
-def is_done(folder: Path, key: str) -> bool:
-    """Whether `folder` holds the finished stage of that key."""
-    path = folder / "manifest.json"
-    return path.exists() and load_json(path).get("key") == key
-
-
 def sources(file: Path) -> list[Path]:
     """A stage's file and the modules of this package that it or one of them imports, wherever; sorted by name."""
     found, todo = set[Path](), {file}
@@ -349,7 +346,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
     final = run.dir / stage
     partial = final.with_name(f".{final.name}.partial")
     started = time.time()
-    done = is_done(final, key)
+    done = run.is_done(stage, key)
     team = _team(stage, run)
     leads = team is None or team.is_main_process
     if done:

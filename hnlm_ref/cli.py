@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from hnlm_ref import __version__
-from hnlm_ref.artifacts import STAGES, Run, is_done
+from hnlm_ref.artifacts import STAGES, Run
 from hnlm_ref.console import UserError, say, system_errors_told
 from hnlm_ref.knobs import COMMON, RunConfig, StageCommand, cast, given, open_run, options, unknown
 
@@ -106,7 +106,7 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
     for command, cfg, stage_run, words in steps:
         folder, _, _, key = command.plan(cfg, stage_run)
         line = command.line({"preset": preset, **typed_run, **words, "seed": stage_run.seed})
-        done = is_done(run.dir / folder, key)
+        done = run.is_done(folder, key)
         say(("# done: " if done else "$ ") + shlex.join(["python", *line[1:]]))
         if not done:
             run_stages([line], 1)
