@@ -370,6 +370,9 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
         outputs = [path for path in others if path.stem not in ("report", "manifest")]
         hashes = {path.relative_to(partial).as_posix(): _sha256(path) for path in outputs}
         seconds = round(time.time() - started, 2)
+        loaded = [name for name in ("numpy", "polars", "torch", "transformers", "peft") if name in sys.modules]
+        versions = {"hnlm-ref": __version__, "python": platform.python_version()}
+        versions |= {name: importlib.metadata.version(name) for name in loaded}
         manifest = {
             "stage": stage,
             "key": key,
@@ -381,7 +384,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             "counts": result.get("counts", {}),
             "timing": {"seconds": seconds, **result.get("timing", {})},
             "device": run.device if "torch" in sys.modules else "cpu",
-            "versions": _versions(),
+            "versions": versions,
         }
         save_json(partial / "manifest.json", manifest)
         for path in work:  # the key first: whoever finds the folder from here on starts anew
@@ -467,10 +470,3 @@ def own_share(work: list, team: Any) -> Iterator[tuple[int, Any, bool]]:
     for first in range(0, len(work), team.num_processes):
         number = first + team.process_index
         yield number, work[number % len(work)], number < len(work)
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what the stage has loaded, for the manifest."""
-    loaded = [name for name in ("numpy", "polars", "torch", "transformers", "peft") if name in sys.modules]
-    ours = {"hnlm-ref": __version__, "python": platform.python_version()}
-    return ours | {name: importlib.metadata.version(name) for name in loaded}
