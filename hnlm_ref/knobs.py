@@ -45,9 +45,8 @@ class RunConfig:
 
 def cast(kind: Any, value: Any) -> Any:
     """Turn a TOML value or a command-line word into `kind`. Raises ValueError saying what was wanted."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
-    if options:
-        return None if value in (None, "none") else cast(options[0], value)
+    if isinstance(kind, types.UnionType):  # ... | None
+        return None if value in (None, "none") else cast(typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:
         values = value.split(",") if isinstance(value, str) else value
         if not isinstance(values, list | tuple):
