@@ -73,10 +73,7 @@ def match_users(a: dict[str, float], b: dict[str, float], names: Sequence[str] =
 
 
 def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Paired comparison of a metric in two runs: mean of a - b, its 95 % bootstrap interval, p of the sign flip.
-
-    a, b  float64 [U], the same users in the same order, NaN in both for the same users
-    """
+    """Paired comparison of a metric in two runs: mean of a - b, its 95 % bootstrap interval, `sign_flip_p(a, b)`."""
     p, diff = sign_flip_p(a, b), (a - b)[~np.isnan(a)]
     rng = np.random.default_rng(0)
     means = _blocks(lambda n: diff[rng.integers(0, len(diff), (n, len(diff)))].mean(1), N_RESAMPLES, len(diff))

@@ -1,7 +1,4 @@
-"""What a finished run has to say: the table, a user's story in the terminal, and the page report.html.
-
-Everything is read from the artifacts; seconds come from the manifests.
-"""
+"""What a finished run has to say: the table, a user's story in the terminal, and the page report.html."""
 
 import html
 import json
