@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -235,10 +236,8 @@ def write(views: list[View], path: Path, n_explored: int = 200) -> None:
         "data": json.dumps([_explorer(view, n_explored) for view in views], ensure_ascii=False).replace("<", "\\u003c"),
     }
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    for name, text in parts.items():
-        page = page.replace("{{" + name + "}}", text)
     with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], page), encoding="utf-8")
 
 
 def _explorer(view: View, n: int) -> dict:
