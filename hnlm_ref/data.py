@@ -158,22 +158,19 @@ def largest_k(log: Log) -> int:
 
 def renumber(log: Log) -> Log:
     """Close the gaps in the numbering; the keys stay in sorted order (case A07)."""
-
-    def close(keys: pl.Series, numbers: np.ndarray) -> tuple[pl.Series, np.ndarray]:
+    columns: dict[str, Any] = {}
+    for role, keys, numbers in (("user", log.users, log.user), ("item", log.items, log.item)):
         there = np.bincount(numbers, minlength=len(keys)) > 0
-        return keys.filter(there), (np.cumsum(there, dtype=np.int32) - 1)[numbers]
-
-    (users, user), (items, item) = close(log.users, log.user), close(log.items, log.item)
-    return replace(log, users=users, items=items, user=user, item=item)
+        columns |= {f"{role}s": keys.filter(there), role: (np.cumsum(there, dtype=np.int32) - 1)[numbers]}
+    return replace(log, **columns)
 
 
 def published_readings(pairs: Log, k: int, split_of: Callable[[Log], np.ndarray]) -> dict[str, tuple[int, int, int]]:
     """Sizes (users, items, pairs) under each reading of how the paper counted (case X44)."""
-    users = np.bincount(pairs.user)
     cores = {
         f"{k}-core to the fixed point": k_core(pairs, k),
         f"one pass of the {k}-core": one_pass(pairs, k),
-        f"users with {k} or more, items as they are": pairs.take(users[pairs.user] >= k),
+        f"users with {k} or more, items as they are": pairs.take((np.bincount(pairs.user) >= k)[pairs.user]),
     }
     counted = {}
     for name, log in cores.items():
