@@ -101,25 +101,18 @@ impl Iterator for Hits<'_> {
 /// The order of a scan: items by how often users have them, the most popular first, and the place
 /// of every item in it. Models like popular items, so thresholds rise early, held-out items that
 /// will be beaten K times are beaten early, and the rest of the scan is the bare product.
-pub struct Order {
-    items: Vec<i32>,
-    places: Vec<i32>,
-}
-
-impl Order {
-    pub fn by_popularity(users: CsrView) -> Self {
-        let mut count = vec![0u32; users.n_cols];
-        for &item in users.indices {
-            if let Some(n) = count.get_mut(item as usize) {
-                *n += 1;
-            }
+fn by_popularity(users: CsrView) -> (Vec<i32>, Vec<i32>) {
+    let mut count = vec![0u32; users.n_cols];
+    for &item in users.indices {
+        if let Some(n) = count.get_mut(item as usize) {
+            *n += 1;
         }
-        let mut items: Vec<i32> = (0..users.n_cols as i32).collect();
-        items.sort_by_key(|&item| std::cmp::Reverse(count[item as usize]));
-        let mut places = vec![0; items.len()];
-        items.iter().zip(0..).for_each(|(&item, place)| places[item as usize] = place);
-        Self { items, places }
     }
+    let mut order: Vec<i32> = (0..users.n_cols as i32).collect();
+    order.sort_by_key(|&item| std::cmp::Reverse(count[item as usize]));
+    let mut places = vec![0; order.len()];
+    order.iter().zip(0..).for_each(|(&item, place)| places[item as usize] = place);
+    (order, places)
 }
 
 /// What is kept of one query's scores.
@@ -136,11 +129,12 @@ pub trait State: Send {
     fn finish(self);
 }
 
-/// Passes every query over every item, in the given order. State `q` of the iterator belongs
-/// to query `q`, and takes about `state_bytes` while it is alive.
+/// Passes every query over every item, those that many of `users` have first. State `q` of the
+/// iterator belongs to query `q`, and takes about `state_bytes` while it is alive.
 pub fn scan<S: State>(
-    queries: &Vectors, items: &Vectors, order: &Order, state_bytes: usize, states: impl Iterator<Item = Result<S>>,
+    queries: &Vectors, items: &Vectors, users: CsrView, state_bytes: usize, states: impl Iterator<Item = Result<S>>,
 ) -> Result<()> {
+    let (order, places) = by_popularity(users);
     let kernel = simd::kernel();
     let batch = (STATE_BYTES / (state_bytes + size_of::<S>())).clamp(64, 1 << 14);
     let block = (PANEL_BYTES / (4 * items.dim.max(1) * kernel.cols)).clamp(1, BLOCK_ITEMS / kernel.cols) * kernel.cols;
@@ -150,12 +144,12 @@ pub fn scan<S: State>(
     let mut first = 0;
     while states.peek().is_some() {
         let mut alive: Vec<S> = states.by_ref().take(batch).collect::<Result<_>>()?;
-        for (b, part) in order.items.chunks(block).enumerate() {
-            if first == 0 || order.items.len() > block {
+        for (b, part) in order.chunks(block).enumerate() {
+            if first == 0 || order.len() > block {
                 panels.pack(items, b * block, part);
             }
             alive.par_chunks_mut(group).enumerate().for_each_init(Vec::new, |skipped, (g, states)| {
-                scan_group(&panels, &order.places, queries, first + g * group, states, skipped);
+                scan_group(&panels, &places, queries, first + g * group, states, skipped);
             });
         }
         first += alive.len();
@@ -189,11 +183,6 @@ impl<'a> Panels<'a> {
                 }
             },
         );
-    }
-
-    fn panel(&self, p: usize) -> &[f32] {
-        let size = self.kernel.cols * self.dim;
-        &self.values[p * size..(p + 1) * size]
     }
 }
 
@@ -264,13 +253,14 @@ fn pack_queries<S>(kernel: &Kernel, dim: usize, rows: &[Row<S>]) -> Vec<f32> {
 
 /// One tile of queries against some panels.
 fn pass<S: State>(panels: &Panels, span: std::ops::Range<usize>, packed: &[f32], rows: &mut [Row<S>]) {
-    let (kernel, cols) = (panels.kernel, panels.kernel.cols);
+    let (kernel, cols, size) = (panels.kernel, panels.kernel.cols, panels.kernel.cols * panels.dim);
     let (mut scores, mut hits) = ([0.0; simd::MAX_TILE], [0; simd::MAX_ROWS]);
     let (scores, hits) = (&mut scores[..kernel.rows * cols], &mut hits[..kernel.rows]);
     let mut thresholds = [f32::INFINITY; simd::MAX_ROWS];
     thresholds.iter_mut().zip(&*rows).for_each(|(threshold, row)| *threshold = row.state.threshold());
     for p in span {
-        if !kernel.tile(panels.dim, packed, panels.panel(p), &thresholds[..kernel.rows], scores, hits) {
+        let panel = &panels.values[p * size..(p + 1) * size];
+        if !kernel.tile(panels.dim, packed, panel, &thresholds[..kernel.rows], scores, hits) {
             continue;
         }
         let items = &panels.items[p * cols..panels.items.len().min((p + 1) * cols)];

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::csr::CsrView;
 use crate::error::{Error, Result};
-use crate::scan::{Hits, Order, State, Vectors, scan};
+use crate::scan::{Hits, State, Vectors, scan};
 use crate::simd::{DOTS, Kernel};
 use crate::threads;
 
@@ -133,7 +133,7 @@ pub fn lists(
         let then = |best: Best| best.finish(items, scores);
         Ok(List { best: Best::new(floor, k), excluded: excluded.row(user)?, adjust, then })
     });
-    scan(queries, catalogue, &Order::by_popularity(excluded), size_of::<u64>() * Best::capacity(k), states)
+    scan(queries, catalogue, excluded, size_of::<u64>() * Best::capacity(k), states)
 }
 
 /// The first `k` items of every user by inner product.
@@ -272,7 +272,7 @@ pub fn test_ranks(
     excluded.expect_rows(users.len)?;
     held_out.expect_rows(users.len)?;
     check_product(users, catalogue)?;
-    let (order, mut rest) = (Order::by_popularity(excluded), ranks);
+    let mut rest = ranks;
     let rows = (0..users.len).map(|user| {
         let held_out = held_out.row(user)?;
         let (ranks, tail) = std::mem::take(&mut rest).split_at_mut(held_out.len());
@@ -285,7 +285,7 @@ pub fn test_ranks(
             let (racing, n_between) = (Vec::new(), Vec::new());
             Ok(Ranks { excluded, catalogue, held_out, k, racing, n_between, n_better: 0, ranks })
         });
-        return scan(users, catalogue, &order, 64, states);
+        return scan(users, catalogue, excluded, 64, states);
     }
     let states = rows.map(|row| {
         let (excluded, held_out, ranks) = row?;
@@ -299,7 +299,7 @@ pub fn test_ranks(
         };
         Ok(List { best: Best::new(f32::MIN, k), excluded, adjust: |_, score| Some(score), then })
     });
-    scan(users, catalogue, &order, size_of::<u64>() * Best::capacity(k), states)
+    scan(users, catalogue, excluded, size_of::<u64>() * Best::capacity(k), states)
 }
 
 #[cfg(test)]
