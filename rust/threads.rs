@@ -1,6 +1,7 @@
 //! Thread pools, made once per size and kept: starting threads costs more than a small batch.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -8,11 +9,9 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
 
-type Pools = HashMap<(u32, usize), Arc<ThreadPool>>;
-
 /// Pools by process and size. A forked process (a loader worker) inherits the table but not the
 /// threads, so it must not find its parent's pools.
-static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
+static POOLS: Mutex<BTreeMap<(u32, usize), Arc<ThreadPool>>> = Mutex::new(BTreeMap::new());
 
 /// Runs `job` on `n_threads` threads; 0 means one per core.
 pub fn run(n_threads: usize, job: impl FnOnce() -> Result<()> + Send) -> Result<()> {
@@ -25,14 +24,13 @@ fn pool(n_threads: usize) -> Result<Arc<ThreadPool>> {
         return Err(refused);
     }
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    let pools = pools.get_or_insert_default();
-    let key = (std::process::id(), n_threads);
-    if let Some(pool) = pools.get(&key) {
-        return Ok(pool.clone());
+    match pools.entry((std::process::id(), n_threads)) {
+        Entry::Occupied(known) => Ok(known.get().clone()),
+        Entry::Vacant(free) => {
+            let pool = ThreadPoolBuilder::new().num_threads(n_threads).build().map_err(|_| refused)?;
+            Ok(free.insert(Arc::new(pool)).clone())
+        }
     }
-    let pool = Arc::new(ThreadPoolBuilder::new().num_threads(n_threads).build().map_err(|_| refused)?);
-    pools.insert(key, pool.clone());
-    Ok(pool)
 }
 
 /// The first error in the order of the rows, whichever thread found one first.
