@@ -24,7 +24,7 @@ pub enum Error {
     /// NaN (or, in embeddings, an infinity) where a number is needed.
     NonFinite { name: &'static str, unit: &'static str, row: usize, count: usize },
     /// Vectors so long that their product leaves the range of `f32`.
-    Overflow { name: &'static str, other: &'static str },
+    Overflow,
     /// A result that does not fit into memory.
     Memory { rows: usize, columns: usize },
     /// Nothing can be drawn for this user.
@@ -49,7 +49,7 @@ impl fmt::Display for Error {
                 let what = if *unit == "user" { "score" } else { "number" };
                 write!(f, "{name}: {unit} {row} has {count} non-finite {what}{}", if *count == 1 { "" } else { "s" })
             }
-            Self::Overflow { name, other } => write!(f, "{name} x {other} can leave the range of float32"),
+            Self::Overflow => write!(f, "user_emb x item_emb can leave the range of float32"),
             Self::Memory { rows, columns } => write!(f, "no memory for a result of {rows} x {columns} numbers"),
             Self::NoFreeItem { user, seen, n_items } => {
                 write!(f, "user {user} has no free item to draw ({seen} of {n_items} items seen)")

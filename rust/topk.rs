@@ -182,10 +182,8 @@ pub fn topk_scores(
 /// by Cauchy and Schwarz no partial sum is larger than the product of the lengths.
 fn check_product(users: &Vectors, items: &Vectors) -> Result<()> {
     let longest = |lengths: Vec<f64>| lengths.into_iter().fold(0.0, f64::max);
-    if longest(users.lengths("user_emb")?) * longest(items.lengths("item_emb")?) < f32::MAX as f64 / 2.0 {
-        return Ok(());
-    }
-    Err(Error::Overflow { name: "user_emb", other: "item_emb" })
+    let most = longest(users.lengths("user_emb")?) * longest(items.lengths("item_emb")?);
+    if most < f32::MAX as f64 / 2.0 { Ok(()) } else { Err(Error::Overflow) }
 }
 
 /// Ranks of a user's held-out items, without a list: an item's rank is one more than the number
