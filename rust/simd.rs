@@ -212,26 +212,10 @@ pub trait Steps {
         n_bad
     }
 
-    /// Bit `at` says whether `items[at]` is less than the next. (Four at a time: every x86-64
-    /// processor can, and the compiler does not find it.)
+    /// Bit `at` says whether `items[at]` is less than the next.
     #[inline(always)]
     fn rising(&self, items: &[i32; 33]) -> u32 {
-        let mut bits = 0;
-        #[cfg(target_arch = "x86_64")]
-        for at in (0..32).step_by(4) {
-            // SAFETY: 4 numbers from `at` and from `at + 1` on lie inside the 33.
-            let four = unsafe {
-                let this = items.as_ptr().add(at);
-                let less = _mm_cmplt_epi32(_mm_loadu_si128(this.cast()), _mm_loadu_si128(this.add(1).cast()));
-                _mm_movemask_ps(_mm_castsi128_ps(less)) as u32
-            };
-            bits |= four << at;
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        for at in 0..32 {
-            bits |= u32::from(items[at] < items[at + 1]) << at;
-        }
-        bits
+        (0..32).fold(0, |bits, at| bits | u32::from(items[at] < items[at + 1]) << at)
     }
 }
 
