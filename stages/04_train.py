@@ -192,9 +192,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         terms["neg_percentile"] = samplers.percentile(e_u, e_minus, item_emb)
         return total, terms
 
-    checkpoint = run.out / "checkpoint.safetensors"
     schedule = ("lr", "batch_size", "n_epochs", "patience", "eval_every", "checkpoint_every")
-    options = {"seed": run.seed, "n_threads": run.n_threads, "checkpoint": checkpoint}
+    options = {"seed": run.seed, "n_threads": run.n_threads, "checkpoint": run.out / "checkpoint.safetensors"}
     options |= {name: getattr(cfg, name) for name in schedule}
     done = training.fit(model, batch_loss, sampler.draw, pairs, train, prep.valid, **options)
 
