@@ -5,6 +5,7 @@ Same names, same order and same arguments as the extension (without `n_threads` 
 float32, so they equal the extension's bit for bit wherever the sums are exact, as for small whole numbers.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -26,10 +27,8 @@ def _mix(z: int) -> int:
 def _words(seed: int, row: int, draw: int) -> Iterator[int]:
     """The words tried one after the other for draw `draw` of output row `row`."""
     state = _mix((seed + _GOLDEN) & _MASK) + row * _ROW
-    attempt = 0
-    while True:
+    for attempt in itertools.count():
         yield _mix((state + (draw + 1 + (attempt << 32)) * _GOLDEN) & _MASK)
-        attempt += 1
 
 
 def _below(word: int, bound: int) -> int | None:
