@@ -251,8 +251,7 @@ impl Marks {
         Self { stamps: Box::new([0; MARKS + 3]), stamp: 0, are_exact: n_items <= MARKS }
     }
 
-    /// Marks `owned`, and nothing else. Eight at a time, the last one again and again at the end: so
-    /// the number of rounds is mostly that of the user before.
+    /// Marks `owned`, and nothing else.
     #[inline(always)]
     fn mark(&mut self, owned: &[i32]) {
         self.stamp = self.stamp.wrapping_add(1);
@@ -260,11 +259,7 @@ impl Marks {
             self.stamps.fill(0);
             self.stamp = 1;
         }
-        for first in (0..owned.len()).step_by(8) {
-            for at in first..first + 8 {
-                self.stamps[owned[at.min(owned.len() - 1)] as usize % MARKS] = self.stamp;
-            }
-        }
+        owned.iter().for_each(|&item| self.stamps[item as usize % MARKS] = self.stamp);
     }
 
     #[inline(always)]
