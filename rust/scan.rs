@@ -78,26 +78,6 @@ impl<'a> Vectors<'a> {
     }
 }
 
-/// Some scores of one query that reached its threshold: those of the set `bits`.
-pub struct Hits<'a> {
-    pub bits: u64,
-    pub scores: &'a [f32],
-    pub items: &'a [i32],
-}
-
-/// Item and score.
-impl Iterator for Hits<'_> {
-    type Item = (i32, f32);
-
-    #[inline(always)]
-    fn next(&mut self) -> Option<(i32, f32)> {
-        let at = self.bits.trailing_zeros() as usize;
-        let hit = (*self.items.get(at)?, *self.scores.get(at)?);
-        self.bits &= self.bits.wrapping_sub(1);
-        Some(hit)
-    }
-}
-
 /// The order of a scan: items by how often users have them, the most popular first, and the place
 /// of every item in it. Models like popular items, so thresholds rise early, held-out items that
 /// will be beaten K times are beaten early, and the rest of the scan is the bare product.
@@ -123,8 +103,8 @@ pub trait State: Send {
     fn skipped(&self) -> impl Iterator<Item = &i32>;
     /// Called once before the first score, with the query and the kernel in use.
     fn start(&mut self, _query: &[f32], _kernel: &Kernel) {}
-    /// Scores that reached the threshold, at most 64.
-    fn offer(&mut self, hits: Hits);
+    /// Called with every score that reached the threshold.
+    fn offer(&mut self, item: i32, score: f32);
     /// Called once after the last score.
     fn finish(self);
 }
@@ -265,9 +245,12 @@ fn pass<S: State>(panels: &Panels, span: std::ops::Range<usize>, packed: &[f32],
         }
         let items = &panels.items[p * cols..panels.items.len().min((p + 1) * cols)];
         for (r, row) in rows.iter_mut().enumerate() {
-            let bits = hits[r] & (u64::MAX >> (64 - items.len())) & !(row.skipped[p * cols / 64] >> (p * cols % 64));
-            if bits != 0 {
-                row.state.offer(Hits { bits, scores: &scores[r * cols..(r + 1) * cols], items });
+            let mut bits =
+                hits[r] & (u64::MAX >> (64 - items.len())) & !(row.skipped[p * cols / 64] >> (p * cols % 64));
+            while bits != 0 {
+                let at = bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                row.state.offer(items[at], scores[r * cols + at]);
                 thresholds[r] = row.state.threshold();
             }
         }

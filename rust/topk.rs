@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::csr::CsrView;
 use crate::error::{Error, Result};
-use crate::scan::{Hits, State, Vectors, scan};
+use crate::scan::{State, Vectors, scan};
 use crate::simd::{DOTS, Kernel};
 use crate::threads;
 
@@ -108,11 +108,9 @@ impl<F: Fn(i32, f32) -> Option<f32> + Send, G: FnOnce(Best) + Send> State for Li
         self.best.buffer.reserve_exact(Best::capacity(self.best.k).min(1 << 12)); // longer lists grow
     }
 
-    fn offer(&mut self, hits: Hits) {
-        for (item, score) in hits {
-            if let Some(score) = (self.adjust)(item, score) {
-                self.best.offer(item, score);
-            }
+    fn offer(&mut self, item: i32, score: f32) {
+        if let Some(score) = (self.adjust)(item, score) {
+            self.best.offer(item, score);
         }
     }
 
@@ -231,17 +229,15 @@ impl State for Ranks<'_> {
         self.n_between.resize(self.racing.len(), 0);
     }
 
-    fn offer(&mut self, hits: Hits) {
-        for (item, score) in hits {
-            let key = key(score, item);
-            let behind = self.racing.partition_point(|&racer| racer > key);
-            let Some(n_between) = self.n_between.get_mut(behind) else { continue };
-            *n_between += 1;
-            self.n_better += 1;
-            if self.racing.len() + self.n_better > self.k {
-                self.racing.pop();
-                self.n_better -= self.n_between.pop().unwrap_or(0) as usize;
-            }
+    fn offer(&mut self, item: i32, score: f32) {
+        let key = key(score, item);
+        let behind = self.racing.partition_point(|&racer| racer > key);
+        let Some(n_between) = self.n_between.get_mut(behind) else { return };
+        *n_between += 1;
+        self.n_better += 1;
+        if self.racing.len() + self.n_better > self.k {
+            self.racing.pop();
+            self.n_better -= self.n_between.pop().unwrap_or(0) as usize;
         }
     }
 
