@@ -233,7 +233,7 @@ def check_rows(name: str, llm: Any, longest: int) -> None:
         if (room := getattr(llm.config.get_text_config(), knob, None)) and longest > room:
             wanted = f"max_user_tokens and max_item_tokens allow prompts of {longest} tokens; lower them"
             raise UserError(f"--model {name}: its {knob} is {room}, but {wanted}")
-    embedding, kind, reason = llm.get_input_embeddings(), llm.config.model_type, ""
+    embedding, kind = llm.get_input_embeddings(), llm.config.model_type
     device, ids = embedding.weight.device, np.linspace(2, embedding.num_embeddings - 1, 20).astype(int)
     prefix, *parts = (piece.tolist() for piece in np.split(ids, (6, 12, 15)))
     others = 60 * [parts[-1]]  # windows and places that a layer keeps to itself show in a long row
@@ -243,11 +243,10 @@ def check_rows(name: str, llm: Any, longest: int) -> None:
         alone = torch.cat([embed(llm, pack([([*prefix, -1], [part])], device), soft) for part in parts])  # [3, d_llm]
         off = float((together - alone).norm() / (alone - alone.mean(0)).norm())
         if not off < (1e-3 if llm.dtype == torch.float32 else 0.2):
-            reason = f"vectors of continuations that share a prefix are off by {off:.1%}"
+            raise ValueError(f"vectors of continuations that share a prefix are off by {off:.1%}")
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    if reason:
-        raise UserError(f"--model {name}: {kind} models cannot be used here ({reason}); take a Llama, Qwen, Gemma ...")
+        told = f"{kind} models cannot be used here ({str(error).splitlines()[0]})"
+        raise UserError(f"--model {name}: {told}; take a Llama, Qwen, Gemma ...") from error
 
 
 class Dropout(nn.Dropout):
