@@ -378,7 +378,6 @@ fn topk_py<'py>(
     #[pyo3(from_py_with = named::k)] k: usize, #[pyo3(from_py_with = named::n_threads)] n_threads: usize,
 ) -> PyResult<Lists<'py>> {
     let (users, items) = (user_emb.vectors("user_emb")?, item_emb.vectors("item_emb")?);
-    expect("item_emb (dimensions)", items.dim, users.dim)?;
     let excluded = csr(OWNED, &indptr, &indices, items.len)?;
     lists(py, (users.len, k), n_threads, |out| topk::topk(&users, &items, excluded, k, out))
 }
@@ -422,7 +421,6 @@ fn test_ranks<'py>(
     #[pyo3(from_py_with = named::n_threads)] n_threads: usize,
 ) -> PyResult<Bound<'py, PyArray1<i32>>> {
     let (users, items) = (user_emb.vectors("user_emb")?, item_emb.vectors("item_emb")?);
-    expect("item_emb (dimensions)", items.dim, users.dim)?;
     let excluded = csr(OWNED, &indptr, &indices, items.len)?;
     let held_out = csr(HELD_OUT, &test_indptr, &test_indices, items.len)?;
     let mut ranks = vec![0; held_out.indices.len()];

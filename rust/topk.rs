@@ -5,7 +5,7 @@ use std::array::from_fn;
 use rayon::prelude::*;
 
 use crate::csr::CsrView;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, expect};
 use crate::scan::{State, Vectors, scan};
 use crate::simd::{DOTS, Kernel};
 use crate::threads;
@@ -138,8 +138,7 @@ pub fn lists(
 pub fn topk(
     users: &Vectors, catalogue: &Vectors, excluded: CsrView, k: usize, out: (&mut [i32], &mut [f32]),
 ) -> Result<()> {
-    excluded.expect_rows(users.len)?;
-    check_product(users, catalogue)?;
+    check(users, catalogue, excluded)?;
     lists(users, catalogue, excluded, k, |user| (user, f32::MIN), |_, score| Some(score), out)
 }
 
@@ -176,9 +175,11 @@ pub fn topk_scores(
     }))
 }
 
-/// Finite vectors whose product cannot leave the range of `f32` give no NaN and no infinity:
-/// by Cauchy and Schwarz no partial sum is larger than the product of the lengths.
-fn check_product(users: &Vectors, items: &Vectors) -> Result<()> {
+/// Whether sizes fit and no score is NaN or infinity: of finite vectors none is whose lengths' product
+/// is far below the end of `f32`, as by Cauchy and Schwarz no partial sum is larger than that.
+fn check(users: &Vectors, items: &Vectors, excluded: CsrView) -> Result<()> {
+    expect("item_emb (dimensions)", items.dim, users.dim)?;
+    excluded.expect_rows(users.len)?;
     let longest = |lengths: Vec<f64>| lengths.into_iter().fold(0.0, f64::max);
     let most = longest(users.lengths("user_emb")?) * longest(items.lengths("item_emb")?);
     if most < f32::MAX as f64 / 2.0 { Ok(()) } else { Err(Error::Overflow) }
@@ -263,9 +264,8 @@ const MANY_HELD_OUT: usize = 20;
 pub fn test_ranks(
     users: &Vectors, catalogue: &Vectors, excluded: CsrView, held_out: CsrView, k: usize, ranks: &mut [i32],
 ) -> Result<()> {
-    excluded.expect_rows(users.len)?;
+    check(users, catalogue, excluded)?;
     held_out.expect_rows(users.len)?;
-    check_product(users, catalogue)?;
     let mut rest = ranks;
     let rows = (0..users.len).map(|user| {
         let held_out = held_out.row(user)?;
