@@ -202,6 +202,8 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     save_npy(run.out / "item.npy", item_emb)
     negatives = training.negatives_of(encoder, sampler, pairs, run.seed, cfg.batch_size)
     save_npy(run.out / "negatives.npy", negatives)
+    if refused := samplers.n_refused(negatives, blocked):
+        say(f"{refused:,} of {len(negatives):,} negatives are refused by the guard: no candidate of their row passes")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, run.out / "model.safetensors")
     save_jsonl(run.out / "log.jsonl", done.log)
     seconds = float(np.mean(done.epoch_seconds))
@@ -212,7 +214,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
         "counts": {
             "training pairs": len(pairs),
             "pairs skipped, no negative left": train.nnz - len(pairs),
-            "negatives that the guard refuses, for want of others": samplers.n_refused(negatives, blocked),
+            "negatives that the guard refuses, for want of others": refused,
             "pairs with a generated negative": int((generated.row_of >= 0).sum()) if generated else 0,
             "epochs": done.epoch,
             "best epoch": done.best_epoch,
