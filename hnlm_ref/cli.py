@@ -146,7 +146,7 @@ def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **
 @click.option("--header", type=bool, help="whether the first line names the columns; found by looking unless given")
 @click.option("--encoding", help="encoding, e.g. latin-1")
 @click.option("--columns", default="", help="role=column pairs, e.g. user=who,item=what")
-@click.option("--time-unit", default="auto", show_default=True, help="unit of the times: one of s ms us ns date order")
+@click.option("--time-unit", default="auto", show_default=True, help="unit of the times: s, ms, us, ns, date or order")
 def describe_data(path: str, columns: str, **layout: Any) -> None:
     """Tell what a log is and what prep would make of it, changing nothing."""
     from hnlm_ref.data import describe

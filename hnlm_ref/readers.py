@@ -186,6 +186,8 @@ def sniff(
     """
     if name not in ("auto", *FORMATS):
         raise UserError(f"no format {name!r}; {unknown(name, ('auto', *FORMATS))}")
+    if time_unit not in (units := ("auto", "date", *UNITS)):
+        raise UserError(f"no time unit {time_unit!r}; {unknown(time_unit, units)}")
     kind, wanted_sep, wanted_header, _ = FORMATS.get(name, (None, None, None, None))
     with _open(path) as file:
         head, gzipped = file.read(HEAD), isinstance(file, gzip.GzipFile)

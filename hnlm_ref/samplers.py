@@ -249,7 +249,7 @@ def n_refused(negatives: np.ndarray, blocked: Csr | None) -> int:
     if blocked is None:
         return 0
     users, items = np.ascontiguousarray(negatives.T)
-    return int((_core.filter_candidates(blocked.indptr, blocked.indices, users, items[:, None])[1] == 0).sum())
+    return len(items) - int(_core.filter_candidates(blocked.indptr, blocked.indices, users, items[:, None])[1].sum())
 
 
 # ---- generated negatives ----------------------------------------------------------------------------------------

@@ -76,9 +76,11 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     layouts += [readers.sniff(resolve_path(str(path)), same, *how) if path else None for path in parts[1:]]
     for layout in filter(None, layouts):
         say(f"[prep] {layout.path}: {layout}")
-    if cfg.split == "time" and "history" in layouts[0].columns and not layouts[2]:
+    by_time = cfg.split == "time" or cfg.date_from or cfg.date_to
+    if by_time and "history" in layouts[0].columns and not layouts[2]:
         told_by = "a history, which orders a user's items but tells no time that users share"
-        raise UserError(f"--split time: each line of {log_path} is {told_by}; use leave-one, leave-two or ratio")
+        cure = "use leave-one, leave-two or ratio, and no dates"
+        raise UserError(f"--date-from, --date-to or --split time: each line of {log_path} is {told_by}; {cure}")
     bad = readers.Bad(cfg.skip_bad_rows)
     log = data.read_logs(layouts, bad)
     counts = {"format": str(layouts[0]), "rows": len(log)}

@@ -184,8 +184,7 @@ def main(cfg: TrainConfig, run: Run) -> dict:
             total = total + cfg.lambda_cl * terms["cl"]
 
         gaps = losses.score_gaps(e_u, e_i, e_minus)  # [B, n]
-        rank = losses.bpr_loss(gaps) if cfg.rank_loss == "bpr" else losses.hinge_loss(gaps, cfg.hinge_margin)
-        terms["rank"] = rank
+        terms["rank"] = losses.bpr_loss(gaps) if cfg.rank_loss == "bpr" else losses.hinge_loss(gaps, cfg.hinge_margin)
         terms["l2"] = encoder.l2(batch, j)
         terms["extra"] = encoder.extra_loss(batch, layers)
         total = total + terms["rank"] + cfg.lambda_reg * terms["l2"] + cfg.lambda_extra * terms["extra"]

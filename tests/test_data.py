@@ -521,6 +521,9 @@ def test_a_history_cannot_be_split_by_time(tmp_path):
     (tmp_path / "log.txt").write_text("u c a b\nv a b c d\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"--split time: each line of .*log\.txt is a history, which orders"):
         prepare(tmp_path / "run", tmp_path / "log.txt", split="time", format="sequence")
+    for bound in ("date_from", "date_to"):  # of what? of a running number of lines
+        with pytest.raises(UserError, match=r"--date-from, --date-to or --split time: .* and no dates"):
+            prepare(tmp_path / "run", tmp_path / "log.txt", **{bound: "2"})
     assert prepare(tmp_path / "run", tmp_path / "log.txt", split="leave-one").pairs("test") == {("u", "b"), ("v", "d")}
 
 
@@ -529,6 +532,10 @@ def test_the_unit_of_the_times_can_be_named_when_a_log_is_looked_at(cli, tmp_pat
     refused = cli("data", tmp_path / "log.csv")
     assert "time 1600000000 cannot be in order as the first one is (or name --time-unit)" in refused.stdout
     assert "2 rows, 0 that cannot be read" in cli("data", tmp_path / "log.csv", "--time-unit", "s").stdout
+    assert (
+        "no time unit 'sec'; known are auto, date, order, s,"
+        in cli("data", tmp_path / "log.csv", "--time-unit", "sec").stderr
+    )
 
 
 def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
