@@ -142,7 +142,10 @@ def method_layer(tables: dict[str, dict], method: str, samplers: Collection[str]
     table = tables.get("methods", {}).get(name)
     where = f"method {method!r}, which has no table in a preset" if table is None else f"preset [methods.{method}]"
     own = {"sampler": name} if table is None or name in samplers else {}
-    return where, own | (table or {}) | dict(change.partition("=")[::2] for change in changes)
+    knobs = own | (table or {}) | dict(change.partition("=")[::2] for change in changes)
+    if "method" in knobs:
+        raise UserError(f"{where} sets method = {knobs['method']!r}, but its name is its method; sampler may be meant")
+    return where, knobs
 
 
 # ---- command lines ----------------------------------------------------------------------------------------------

@@ -163,6 +163,10 @@ def test_a_training_reads_the_table_of_its_method_between_the_stage_s_and_the_co
     assert configure({}, ("", {})) == Train() and configure({"train": {"lr": 2}}, ("", {})).lr == 2
     for method, sentence in (
         ("hard@lrr=2", "preset [methods.hard@lrr=2]: unknown key 'lrr'; did you mean 'lr'?"),
+        (
+            "hard@method=b",
+            "preset [methods.hard@method=b] sets method = 'b', but its name is its method; sampler may be meant",
+        ),
         ("dnn", "method 'dnn', which has no table in a preset: sampler = 'dnn': one of uniform, dns is wanted"),
     ):
         with pytest.raises(UserError) as error:
