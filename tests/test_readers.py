@@ -96,7 +96,7 @@ LAYOUTS = {
     "movielens": ("userId,movieId,rating,timestamp\n1,2,3.5,1112486027", "s", "1", "2"),
     "recbole": ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t2\t3\t881250949.0", "s", "1", "2"),
     "selfrec": ("1 2 4\n2 1 3.5", None, "1", "2"),
-    "sequence": ("u1 i3 i1 i2\nu2 i1", "order", "u1", "i3"),
+    "sequence": ("u1 x'3 i1 i2\nu2 i1", "order", "u1", "x'3"),
     "sequence with a user of no items": ("u1 i3 i1 i2\nu2\nu3 i1", "order", "u1", "i3"),
     "sequence of like lengths": ("u1 i3 i1 i2 i5\nu2 i1 i4 i3 i2", "order", "u1", "i3"),
     "sequence sorted by number": ("99 9 10\n2 3", None, "99", "9"),
@@ -108,6 +108,8 @@ LAYOUTS = {
     "tsv with quotes that end within": ('user\titem\nu1\t"Big" box', None, "u1", '"Big" box'),
     "recbole with quotes": ('user_id:token\titem_id:token\nu1\t"i1"', None, "u1", '"i1"'),
     "csv of semicolons in quotes": ('user;item\n"u;1";i1', None, "u;1", "i1"),
+    "csv with commas in quotes": ('"user","item","text","date"\nu,i,"a, b",2015-01-01', "date", "u", "i"),
+    "csv of five columns between blanks": ("user item rating time weight\nu1 i1 5 1400000000 2", "s", "u1", "i1"),
     "csv with two columns of users": ("user_id,userID,item\nu1,u2,i1", None, "u1", "i1"),
     "json with numbers": ('{"user": 7, "item": 10}', None, "7", "10"),
     "json of Python literals with numbers": ("{'user': 7, 'item': 10}", None, "7", "10"),
@@ -221,14 +223,17 @@ def test_a_part_without_rows_is_refused_with_its_own_first_line(tmp_path):
 
 
 def test_parquet_with_ids_in_bytes_and_whole_number_ids_and_datetimes(tmp_path):
-    pl.DataFrame({"user": [b"\xc3\xa4"], "item": [b"7"]}).write_parquet(tmp_path / "log.parquet")
-    assert prepare(tmp_path / "run", tmp_path / "log.parquet").pairs() == {("ä", "7")}
+    pl.DataFrame({"user": [b"\xc3\xa4"], "item": [b"7"], "title": [b"\xc3\xa4"]}).write_parquet(
+        tmp_path / "log.parquet"
+    )
+    done = prepare(tmp_path / "run", tmp_path / "log.parquet", item_columns=("item=item",))
+    assert done.pairs() == {("ä", "7")} and done.items[0]["title"] == "ä"
     times = pl.Series(["2015-01-01 00:00:01", None, "2015-01-01"]).str.to_datetime(strict=False)
     frame = pl.DataFrame({"user": [10, 9, 10], "item": [7, 7, 8], "rating": [5.0, 4.0, 1.0], "time": times})
-    frame.write_parquet(tmp_path / "log.parquet")
+    frame.write_parquet(tmp_path / "log.parquet", row_group_size=1)
     with pytest.raises(UserError, match="line 2: no time"):
         prepare(tmp_path / "run", tmp_path / "log.parquet")
-    for day in (pl.date(2015, 1, 1), pl.datetime(2015, 1, 1)):
+    for day in (pl.date(2015, 1, 1), pl.datetime(2015, 1, 1), pl.datetime(2015, 1, 1, 1, time_zone="Europe/Berlin")):
         frame.with_columns(time=day).write_parquet(tmp_path / "log.parquet")
         layout = readers.sniff(tmp_path / "log.parquet")
         assert pl.concat(readers.frames(layout, readers.Bad()))["time"].to_list() == [1420070400.0] * 3
@@ -273,9 +278,16 @@ def test_a_whole_number_held_as_a_float_is_the_id_of_the_whole_number(tmp_path, 
     log = '{"user": 1e17, "item": 3.0, "rating": 5.0}\n{"user": "7.0", "item": 3, "rating": 4.5}' + bad
     (tmp_path / "log.json").write_text(log, encoding="utf-8")
     pl.DataFrame({"user": [7.0, 8.0], "item": [3.0, 3.0]}).write_parquet(tmp_path / "log.parquet")
-    for name, users in (("log.json", ["1" + 17 * "0", "7.0"]), ("log.parquet", ["7", "8"])):
+    for name, users, ratings in (
+        ("log.json", ["1" + 17 * "0", "7.0"], [5.0, 4.5]),
+        ("log.parquet", ["7", "8"], [None, None]),
+    ):
         found = pl.concat(readers.frames(readers.sniff(tmp_path / name), readers.Bad(skip=True)))
-        assert (found["user"].to_list(), found["item"].to_list()) == (users, ["3", "3"])
+        assert found.select("user", "item", "rating").to_dict(as_series=False) == {
+            "user": users,
+            "item": ["3", "3"],
+            "rating": ratings,
+        }
     pl.DataFrame({"item": [3.0], "price": [1.5], "categories": [["A"]]}).write_parquet(tmp_path / "items.parquet")
     layout = readers.sniff(tmp_path / "items.parquet", roles=readers.ITEM_ROLES)
     assert pl.concat(readers.frames(layout, readers.Bad())).rows() == [("3", '["A"]')]
@@ -284,7 +296,7 @@ def test_a_whole_number_held_as_a_float_is_the_id_of_the_whole_number(tmp_path, 
 @pytest.mark.parametrize(
     "text",
     [
-        '{"user": "u", "item_id_list": ["a b", "it\'s"], "item": "d e"}\n',
+        '{"user": "u", "item_id_list": ["a b", null, "it\\u0027s"], "item": "d e"}\n',
         'user,item_id_list,item\nu,"[\'a b\', ""it\'s""]",d e\n',
         'user,item_id_list,item\nu,"[\'a b\' ""it\'s""]",d e\n',
     ],
@@ -359,9 +371,10 @@ def test_the_quote_that_is_open_at_the_end_is_found_as_one_walks(fields, lost):
 
 def test_a_spreadsheet_export_in_utf_16_and_quoted_line_breaks(tmp_path):
     text = 'user,item,text\nu1,i1,"two\nlines, ""quoted"""\nu2,i2,5" pipe\n'
-    (tmp_path / "log.csv").write_text(text, encoding="utf-16")
-    done = prepare(tmp_path / "run", tmp_path / "log.csv", review_chars=50)
-    assert done.pairs() == {("u1", "i1"), ("u2", "i2")}
+    for content in (text.encode("utf-16"), ("\ufeff" + text).encode("utf-16-be")):
+        (tmp_path / "log.csv").write_bytes(content)
+        done = prepare(tmp_path / "run", tmp_path / "log.csv", review_chars=50)
+        assert done.pairs() == {("u1", "i1"), ("u2", "i2")}
     texts = [r["text"] for r in load_jsonl(tmp_path / "run" / "reviews.jsonl")]
     assert texts == ['two\nlines, "quoted"', '5" pipe']
 
@@ -419,6 +432,16 @@ def test_a_log_of_no_known_format_and_without_names_is_user_item_rating_time(tmp
     assert readers.sniff(tmp_path / "log", sep=",", header=False).columns == {"user": "1", "item": "2"}
     placed = readers.sniff(tmp_path / "log", sep=",", header=False, columns=("item=1", "user=2"))
     assert placed.columns == {"user": "2", "item": "1"}
+
+
+@pytest.mark.parametrize("sep", [",", "\t", ";"])
+def test_a_header_is_one_if_the_format_has_one_and_its_names_may_stand_in_quotes(tmp_path, sep):
+    """As R writes them; pandas calls columns without names 0, 1, 2."""
+    for names in (('"who"', '"what"'), ("0", "1")):
+        (tmp_path / "log").write_text(f"{sep.join(names)}\nu{sep}i\n", encoding="utf-8")
+        user, item = (name.strip('"') for name in names)
+        layout = readers.sniff(tmp_path / "log", "csv", sep=sep, columns=(f"user={user}", f"item={item}"))
+        assert pl.concat(readers.frames(layout, readers.Bad())).select("user", "item").rows() == [("u", "i")]
 
 
 @pytest.mark.parametrize(
@@ -531,6 +554,7 @@ BROKEN = {
     "JSON list": (b'[{"user": "u"}]', r"is one JSON value"),
     "line breaks in a field": (f'{HEADER}"u\n1",i1,5,1\n\nu2,i2,x,1\n'.encode(), r"log: line 5: rating 'x' is no n"),
     "gzip cut short": (gzip.compress((HEADER + f"{ONE}\n" * 9999).encode())[:-20], r"gzip file is cut short"),
+    "gzip with a wrong checksum": (gzip.compress(f"{HEADER}{ONE}\n".encode())[:-8] + bytes(8), r"damaged \(CRC check"),
     "gzip damaged": (gzip.compress(HEADER.encode())[:10] + b"\xff" * 20, r"cut short or damaged \(Error -3"),
 }  # fmt: skip
 
