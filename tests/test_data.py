@@ -268,9 +268,10 @@ def test_the_parts_of_a_ready_split_have_times_in_one_unit_or_none(tmp_path):
     repeated = prepare(tmp_path, log + "v,c,5,1420070400\nu,a,5,1420070399\n", test_file=str(test))
     assert repeated.history("u") == ["a", "b"] and repeated.counts["repeated pairs"] == 1
     assert repeated.pairs("test") == {("u", "c")}
-    test.write_text(rows("u,c,5,1420070400000"), encoding="utf-8")
-    with pytest.raises(UserError, match="the parts of the split have times in s and ms; name --time-unit"):
-        prepare(tmp_path, log, test_file=str(test))
+    for time, unit in ((1420070400000, "ms"), (7, "order")):
+        test.write_text(rows(f"u,c,5,{time}"), encoding="utf-8")
+        with pytest.raises(UserError, match=f"the parts of the split have times in s and {unit}; name --time-unit"):
+            prepare(tmp_path, log, test_file=str(test))
 
 
 def test_later_rows_of_unseen_users_and_items_are_counted_and_an_empty_test_is_refused(case_input, tmp_path):
@@ -547,6 +548,9 @@ def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
     with pytest.raises(UserError, match=r"log holds no rows that can be read, line 2: rating 'x' is no number; it was"):
         data.describe(str(tmp_path / "log"))
     assert "3 that cannot be read" in data.describe(str(case_input("a10_bad_rating.csv")))
+    for text in ("user,item\nu,i\n", "user,item,time\nu,i,5\n"):
+        (tmp_path / "log").write_text(text, encoding="utf-8")
+        assert data.describe(str(tmp_path / "log")).splitlines()[3:] == ["no ratings", "largest k with a k-core: 1"]
 
 
 def test_describe_tells_of_a_folder_every_line_it_should(tmp_path):
