@@ -230,7 +230,7 @@ def split(
             raise UserError(f"valid_from {valid_from} is not before the test begins: validation would be empty")
         return np.where(log.time >= test, 2, np.where(log.time >= valid, 1, 0)).astype(np.int8)
     group = np.zeros(n, np.int32) if how == "ratio-global" else log.user
-    sizes = np.bincount(group, minlength=1)
+    sizes = np.bincount(group)
     if how.startswith("leave"):
         order = np.lexsort((-log.item, -log.time, group))  # type: ignore[operator]
         n_test, n_valid = np.ones_like(sizes), np.full_like(sizes, how == "leave-two")
