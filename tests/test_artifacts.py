@@ -1,6 +1,7 @@
 """Artifacts: whole or absent, skipped when nothing changed, resumed when killed, refused when mixed."""
 
 import dataclasses
+import io
 import os
 import shutil
 from pathlib import Path
@@ -217,10 +218,18 @@ def test_a_disk_full_at_the_first_file_leaves_no_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError("Unable to allocate 8.00 EiB for an array"),
+    ],
+)
+def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path, error):
     def main(run):
         save_npy(run.out / "shard.npy", np.zeros(1))
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     with pytest.raises(UserError, match=r"--batch-size.*--grad-accum.*--checkpointing.*--n-threads"):
         run_stage("sft", Run(tmp_path), {}, {}, "key", main)
@@ -269,6 +278,17 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
     with pytest.raises(ValueError, match="allow_pickle"):
         save_npy(tmp_path / "a.json", np.array([{"a": 1}]))
     assert load_json(tmp_path / "a.json") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_damaged_file_is_one_sentence_that_names_it(tmp_path):
+    whole = io.BytesIO()
+    np.save(whole, np.arange(9))
+    damaged = {artifacts.load_npy: [b"", b"x", whole.getvalue()[:-1]], load_json: [b"", b"\xff"]}
+    for load, contents in (damaged | {artifacts.load_jsonl: [b"{}\n{", b"\xff"]}).items():
+        for content in contents:
+            (tmp_path / "file").write_bytes(content)
+            with pytest.raises(UserError, match=r"file is damaged .*; delete its folder and run the stage again"):
+                load(tmp_path / "file")
 
 
 def test_a_set_of_pairs_is_sorted_unique_and_keeps_empty_rows():
