@@ -92,9 +92,12 @@ def test_work_in_progress_of_other_knobs_is_not_resumed(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stage(run, "prep", 1, calls, crash_after="step")
     (tmp_path / ".prep.partial" / "answers.part").touch()  # it tells by its name what it is of
+    (tmp_path / ".prep.partial" / "half.adapter").mkdir()
 
     def main(run):
         assert [path.name for path in run.out.glob("*.*")] == ["answers.part"]
+        for name in ("checkpoint.safetensors", "warm_up.safetensors", "shard0.npy"):
+            (run.out / name).touch()
         return {}
 
     run_stage("prep", run, {}, {}, "other", main)
@@ -136,6 +139,14 @@ def test_a_key_covers_knobs_seed_the_order_of_what_is_read_and_the_version(tmp_p
     assert len(keys) == 8 and artifacts.stage_key(*told[0]) not in keys
 
 
+def test_a_key_covers_what_stands_in_the_files_that_are_read(tmp_path):
+    keys = [artifacts.stage_key({}, 0, {}, (str(tmp_path / "log"),), Path(__file__))]
+    for text in ("a", "b", "a"):
+        (tmp_path / "log").write_text(text, encoding="utf-8")
+        keys.append(artifacts.stage_key({}, 0, {}, (str(tmp_path / "log"),), Path(__file__)))
+    assert len(set(keys)) == 3 and keys[1] == keys[3]
+
+
 def test_two_commands_do_not_work_in_one_folder(tmp_path):
     def main(run):
         save_npy(run.out / "mine.npy", np.zeros(1))
@@ -149,15 +160,18 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path):
 
 def test_death_between_manifest_and_rename_begins_anew_and_leaves_nothing_behind(tmp_path):
     run, calls = Run(tmp_path), []
+    final, partial, old = (tmp_path / name for name in ("prep", ".prep.partial", ".prep.old"))
     stage(run, "prep", 1, calls)
-    shutil.copytree(tmp_path / "prep", tmp_path / ".prep.old")  # died before the replaced folder was gone
-    (tmp_path / "prep").rename(tmp_path / ".prep.partial")
+    shutil.copytree(final, old)  # died before the replaced folder was gone
+    final.rename(partial)
     stage(run, "prep", 1, calls)
-    assert calls == ["fresh", "fresh"] and list(load_json(tmp_path / "prep" / "manifest.json")["files"]) == [
-        "result.npy"
-    ]
+    final.rename(partial)
+    (partial / "key").write_text("1{}", encoding="utf-8")  # died before the key was gone
+    stage(run, "prep", 1, calls)
+    assert calls == ["fresh"] * 3 and list(load_json(final / "manifest.json")["files"]) == ["result.npy"]
+    shutil.copytree(final, old)  # died when the new folder had taken its place
     stage(run, "prep", 2, calls)
-    assert load_npy(tmp_path / "prep" / "result.npy") == [4] and [p.name for p in tmp_path.iterdir()] == ["prep"]
+    assert load_npy(final / "result.npy") == [4] and [p.name for p in tmp_path.iterdir()] == ["prep"]
 
 
 def test_a_folder_has_no_manifest_in_its_final_place_before_it_is_whole(tmp_path, monkeypatch):
