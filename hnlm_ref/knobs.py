@@ -66,7 +66,7 @@ def check(field: dataclasses.Field, value: Any) -> Any:
     if value == () and field.default:
         raise ValueError("at least one is wanted")
     for v in value if isinstance(value, tuple) else (value,):
-        if choices and v not in choices and v is not None:
+        if choices and v not in choices:
             raise ValueError(f"one of {', '.join(choices)} is wanted")
         if v is not None and low is not None and not v >= low:  # nor is nan
             raise ValueError(f"at least {low} is wanted")
@@ -225,7 +225,7 @@ class StageCommand(click.Command):
         for option in self.params:
             value = words.get(option.name or "")
             if value is not None and option.secondary_opts:
-                line += (option.opts if cast(bool, value) else option.secondary_opts)[:1]
+                line += option.opts if cast(bool, value) else option.secondary_opts
             elif value is not None:
                 line += [option.opts[0], str(value)]
         return line
