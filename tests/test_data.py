@@ -448,7 +448,8 @@ def test_reviews_are_those_of_the_rows_that_stay_cut_and_the_smaller_of_two(tmp_
     for test_file in (None, str(tmp_path / "test.csv")):
         prepare(tmp_path, log, review_chars=4, columns=("time=",), test_file=test_file)
         assert load_jsonl(tmp_path / "reviews.jsonl") == [{**taken[0], "text": "x"}, taken[1]]
-    assert not (prepare(tmp_path / "none", log).folder / "reviews.jsonl").exists()
+    for text, kept in ((log, 0), ("user,item\nu,a\n", 4)):
+        assert not (prepare(tmp_path / "none", text, review_chars=kept).folder / "reviews.jsonl").exists()
 
 
 def test_a_row_below_min_rating_gives_no_review_to_the_row_that_stays(tmp_path):

@@ -211,7 +211,8 @@ def test_the_parts_beside_a_sequence_are_sequences(tmp_path):
     done = prepare(tmp_path / "run", tmp_path)
     assert done.pairs("test") == {("1", "4"), ("1", "5"), ("2", "2")} and done.counts["rows"] == 9
     assert done.counts["format"] == "sequence, gzip, separator blanks, utf-8, user item item ..."
-    ordered = prepare(tmp_path / "run", tmp_path, time_unit="order").counts  # places in two files cannot be compared
+    # Places in two files cannot be compared; no other split is made, so none in time is refused.
+    ordered = prepare(tmp_path / "run", tmp_path, time_unit="order", split="time").counts
     assert "held-out rows older than their user's last training row" not in ordered
 
 
