@@ -118,13 +118,14 @@ def test_a_bad_row_is_found_wherever_it_lies(kernel, place, item):
 
 
 def test_a_row_depends_on_seed_and_row_alone():
-    rng = np.random.default_rng(2)
-    owned = csr(rng, 30, 500, 0.1)
-    users = rng.integers(0, 30, 5000).astype(np.int32)
-    draws = _core.sample_uniform(*owned, 500, users, 9, 7)
-    assert np.array_equal(draws[:77], _core.sample_uniform(*owned, 500, users[:77], 9, 7))
-    assert np.array_equal(draws[:, :4], _core.sample_uniform(*owned, 500, users, 4, 7))
-    assert not np.array_equal(draws, _core.sample_uniform(*owned, 500, users, 9, 8))
+    """The items of a user are marked for 9 draws and looked up for 4; after 255 users a mark comes again."""
+    n, each = 30_000, np.arange(1000)
+    owned = 30 * np.arange(1001), (each[:, None] + 1000 * np.arange(30)).astype(np.int32).ravel()
+    users = np.random.default_rng(2).integers(0, 1000, 5000).astype(np.int32)
+    draws = _core.sample_uniform(*owned, n, users, 9, 7)
+    assert np.array_equal(draws[:77], _core.sample_uniform(*owned, n, users[:77], 9, 7))
+    assert np.array_equal(draws[:, :4], _core.sample_uniform(*owned, n, users, 4, 7))
+    assert not np.array_equal(draws, _core.sample_uniform(*owned, n, users, 9, 8))
 
 
 def test_out_is_filled_and_returned():
