@@ -207,7 +207,7 @@ def test_a_recbole_folder_with_its_three_parts_is_a_ready_split(tmp_path):
 
 def test_the_parts_beside_a_sequence_are_sequences(tmp_path):
     (tmp_path / "train.txt.gz").write_bytes(gzip.compress(b"1 2 3\n2 3 4 5\n"))
-    (tmp_path / "test.txt").write_text("1 4 5\n2 2 9\n", encoding="utf-8")
+    (tmp_path / "test.txt").write_text("1 5 4\n2 2 9\n", encoding="utf-8")
     done = prepare(tmp_path / "run", tmp_path)
     assert done.pairs("test") == {("1", "4"), ("1", "5"), ("2", "2")} and done.counts["rows"] == 9
     assert done.counts["format"] == "sequence, gzip, separator blanks, utf-8, user item item ..."
