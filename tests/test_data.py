@@ -616,6 +616,7 @@ def test_the_toy_log_gives_every_stage_something_to_learn(tmp_path):
         ((0, 0), [0] * 5),
         ((0.4, 0), [0, 0, 0, 1, 1]),
         ((0, 0.4), [0, 0, 0, 2, 2]),
+        ((0, 0.1), [0, 2]),
         ((0.3, 0.2), [0, 0, 0, 0, 1, 1, 2]),  # 7 - 1.4 - 2.1 is 3.5, a little less in floating point
     ],
 )
