@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from hnlm_ref import compare
 from hnlm_ref.artifacts import STAGES, load_json
-from hnlm_ref.cli import load_stage, stage_file
+from hnlm_ref.cli import load_stage, main, stage_file
 
 
 def fingerprints(run: Path) -> dict[str, str]:
@@ -154,6 +155,21 @@ def test_a_changed_knob_runs_its_stage_and_what_depends_on_it_again(cli, toy_run
     done = cli("all", "--preset", "toy", "--run-dir", tmp_path / "run", "-o", "eval.k=5")
     assert done.returncode == 0 and done.stderr.count("# done: ") == 6
     assert "recall@5" in done.stdout
+
+
+def test_all_trains_every_method_with_every_seed_and_hands_on_what_was_typed(toy_run, tmp_path, monkeypatch):
+    run, asked = shutil.copytree(toy_run, tmp_path / "run"), []
+    for method, seed in (trainings := [(m, s) for m in ("dns", "uniform") for s in "34"]):
+        shutil.copytree(run / "train" / method / "seed0", run / "train" / method / f"seed{seed}")  # for eval to read
+    monkeypatch.setattr(compare, "run_stages", lambda lines, _: asked.extend(lines))
+    words = f"all --preset toy --run-dir {run} --seed 3 --n-seeds 2 --methods dns,uniform -o train.n_epochs=9"
+    main(words.split(), standalone_mode=False)
+    told = [dict(zip(line[2::2], line[3::2], strict=True)) for line in asked]
+    assert [(t["--seed"], t["--run-dir"], t["--preset"]) for t in told] == [
+        (seed, str(run), "toy") for seed in ("3", "3", "3", *(seed for _, seed in trainings), "3")
+    ]
+    assert [(t["--method"], t["--n-epochs"]) for t in told[3:-1]] == [(method, "9") for method, _ in trainings]
+    assert told[-1]["--n-seeds"] == "2" and told[-1]["--methods"] == "dns,uniform"
 
 
 def test_killed_in_every_stage_the_result_is_that_of_an_undisturbed_run(cli, toy_run, tmp_path):
