@@ -91,6 +91,7 @@ def test_embeddings_load_back_equal_beside_their_keys(run, tmp_path, kind):
     names = {"user": ("uid:token", "user_emb:float_seq"), "item": ("iid:token", "item_emb:float_seq")}
     for side, path in zip(("user", "item"), export(run, "embeddings", kind, tmp_path, "hnlm"), strict=True):
         key, vector = names[side] if kind == "recbole" else (f"{side}_key", f"{side}_vector")
+        assert path.name == (f"embeddings.{side}emb" if kind == "recbole" else f"{side}_embeddings.{kind}")
         found, table = read(path, kind), load_npy(run / "train" / "hnlm" / "seed0" / f"{side}.npy")
         back = [np.array(v.split() if isinstance(v, str) else v, np.float32) for v in found[vector]]
         np.testing.assert_array_equal(back, table)
