@@ -161,10 +161,9 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     blocked = negatives.with_best_ranked(prep.train, cf, cfg.skip_ranks, run.n_threads)
     if cfg.mode == "text" and cfg.match == "title":
         catalogue = [item["title"] for item in prep.items]
-        lowest = max(cfg.min_similarity, 0.0)
 
         def match(refused: tuple, n: int) -> Sequence[np.ndarray]:
-            return _core.match_titles(said, catalogue, users, *refused, n, lowest)
+            return _core.match_titles(said, catalogue, users, *refused, n, cfg.min_similarity)
     else:
         if model:
             parts = torch.from_numpy(h).split(4096)
