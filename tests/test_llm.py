@@ -654,7 +654,7 @@ def test_generated_texts_do_not_depend_on_the_batch():
     assert together[0] == tokenizer.decode(expected, skip_special_tokens=True)
     base.config.max_position_embeddings = 20
     with pytest.raises(UserError, match=r"a question of 13 tokens and max_new_tokens 8 are more than the 20 places"):
-        list(ask_local(base, tokenizer, AskConfig(max_new_tokens=8), ["a", "a question w"]))
+        list(ask_local(base, tokenizer, AskConfig(max_new_tokens=8), ["a", "a question w", "b"]))
 
 
 def test_a_whole_run_prints_its_own_lines_to_stderr_and_no_library_warns(toy_run):
