@@ -328,6 +328,7 @@ def test_the_model_has_the_dtype_it_was_tuned_in(made, toy_run, tmp_path):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(profiles, "BACK_OFF", 0)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     Server.plan, Server.seen = {}, []
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
@@ -343,6 +344,7 @@ def test_a_server_is_asked_again_after_a_busy_answer_and_given_up_in_the_end(ser
     assert {(limit, path) for _, limit, path in Server.seen} == {(9, "/v1/chat/completions")}
     assert Server.body.pop("messages")[0]["role"] == "user"
     assert Server.body == {"model": "default", "max_tokens": 9, "temperature": 0, "seed": 0}
+    assert Server.key_sent is None  # there is no key
 
 
 def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(server, monkeypatch):
@@ -385,6 +387,8 @@ def test_a_refused_request_and_a_server_that_is_down_are_one_sentence(server, tm
     with pytest.raises(UserError, match=r"were answered \(URLError: .*refused.*\); is the server up"):
         ask(tmp_path / "t.jsonl", ["a"], "http://127.0.0.1:9/v1", n_retries=1)
     assert not (tmp_path / "t.jsonl").exists()
+    with pytest.raises(UserError, match=r"'127\.0\.0\.1:9/v1' is no address"):
+        ask(tmp_path / "t.jsonl", ["a"], "127.0.0.1:9/v1")
 
 
 def test_a_question_refused_for_its_own_sake_fails_alone_and_is_not_tried_again(server, tmp_path, monkeypatch):
@@ -514,6 +518,9 @@ def test_llm_profiles_are_each_ones_own_or_empty(server, tmp_path):
     assert len(named) == 2 and set(named) <= set(train.tolist())  # cases A20, D20
     counts = load_json(tmp_path / "prep" / "manifest.json")["counts"]
     assert counts["profiles ok"] == len(items) + 60 - 1 and counts["profiles failed"] == 1
+    rows = load_jsonl(tmp_path / "prep" / "profiles.jsonl")
+    about = [{"item": n} for n in range(80)] + [{"user": n} for n in range(60)]
+    assert all(row.items() >= own.items() for row, own in zip(rows, about, strict=True))
 
 
 def test_llm_profiles_of_users_are_told_their_reviews_which_are_kept_as_well(server, tmp_path, monkeypatch):
