@@ -416,7 +416,7 @@ def embed(llm: Any, batch: Batch, soft: Tensor | None = None, pooling: str = "la
     if soft is not None:
         inputs = inputs.masked_scatter((batch.ids < 0).unsqueeze(-1), soft.to(inputs.dtype))
     branch, order = batch.branch, torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    seen = (branch.unsqueeze(2) == branch.unsqueeze(1)) | ((branch == 0).unsqueeze(1) & (branch >= 0).unsqueeze(2))
+    seen = (branch.unsqueeze(2) == branch.unsqueeze(1)) | (branch == 0).unsqueeze(1)
     seen &= order.unsqueeze(0) <= order.unsqueeze(1)  # [R, L, L]: row token q sees token k
     mask = torch.zeros(seen.shape, dtype=inputs.dtype, device=inputs.device)
     mask = mask.masked_fill(~seen, torch.finfo(inputs.dtype).min).unsqueeze(1)  # [R, 1, L, L], as the models take it
