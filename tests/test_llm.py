@@ -475,10 +475,11 @@ def test_ridge_puts_the_head_where_least_squares_does():
 
 
 def test_whitened_directions_have_variance_one_and_no_correlation():
-    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32) * [1, 2, 3, 4, 5, 0]
-    white = llm.whiten(x - x.mean(0), n_directions=5)
-    assert white.shape == (50, 5)
-    np.testing.assert_allclose(white.T @ white / 50, np.eye(5), atol=1e-5)
+    x = np.random.default_rng(0).normal(size=(50, 5)) @ np.random.default_rng(1).normal(size=(5, 9))  # of rank 5
+    for n_directions, n in ((3, 3), (512, 5)):
+        white = llm.whiten((x - x.mean(0)).astype(np.float32), n_directions)
+        assert white.shape == (50, n)
+        np.testing.assert_allclose(white.T @ white / 50, np.eye(n), atol=1e-5)
 
 
 def test_the_size_of_the_weights_is_told_from_the_configuration():
