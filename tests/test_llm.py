@@ -269,6 +269,8 @@ def test_a_saved_model_gives_its_vectors_again_in_a_new_process_and_in_plain_pef
         untuned, _ = model.eval()(query_batch())
     tune(model, 5)
     model.save(tmp_path)
+    own = {name.partition(".")[0] for name in llm.load_file(tmp_path / "projections.safetensors")}
+    assert own == {"user_projection", "item_projection", "head"}  # and not the whole model
     np.save(tmp_path / "targets.npy", np.zeros((1, 3), np.float32))  # the head is as wide as the stage's targets
     with torch.no_grad():
         tuned, z = model(query_batch())
