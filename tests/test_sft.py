@@ -23,6 +23,7 @@ from hnlm_ref.artifacts import Csr, Prep, Run, load_json, load_jsonl, load_npy, 
 from hnlm_ref.cli import load_stage, stage_file
 from hnlm_ref.console import UserError
 from hnlm_ref.negatives import choose_pairs, mine_triplets, quality, with_best_ranked
+from hnlm_ref.samplers import semantic_guard
 
 
 def softplus(x: float) -> float:
@@ -339,6 +340,29 @@ def test_triplets_hold_out_whole_users_and_no_prompt_names_an_unseen_item(undist
     for t in triplets:
         assert t["item"] == t["negative"] and t["item"] in train.row(t["user"])
         assert t["positive"] not in train.row(t["user"])
+
+
+def test_a_pool_mines_what_the_guard_leaves_and_profiles_of_a_model_have_vectors_of_their_own(toy_run, tmp_path):
+    """A pool that holds every free item, and a guard so strict that some users have none left."""
+    run, (model, tokenizer) = with_prep(toy_run, tmp_path), llm.load_llm("tiny", "cpu")
+    manifest = load_json(run / "prep" / "manifest.json")
+    manifest["knobs"]["profiles"] = "llm"
+    save_json(run / "prep" / "manifest.json", manifest)
+    words = ("--mining", "pool", "--pool-size", 2000, "--guard-threshold", -1.8, "--pairs-per-user", 2)
+    run_stage("sft", run, *words, "--target", "text", "--n-epochs", 0)
+    sft, prep = run / "sft", Run(run).prep()
+    names = ("cf_user", "cf_item", "user_text", "item_text", "targets")
+    cf_user, cf_item, user_text, item_text, targets = (load_npy(sft / f"{name}.npy") for name in names)
+    blocked = prep.train.union(semantic_guard(item_text, prep.train, -1.8))
+    free = {u: [j for j in range(prep.n_items) if j not in blocked.row(u)] for u in range(prep.n_users)}
+    best = {u: max(some, key=lambda j: cf_item[j] @ cf_user[u]) for u, some in free.items() if some}
+    counts, triplets = load_json(sft / "manifest.json")["counts"], load_jsonl(sft / "triplets.jsonl")
+    assert {(t["user"], t["positive"]) for t in triplets} == set(best.items())
+    assert len(triplets) == 2 * 8 * len(best)  # two pairs a user, eight positives each
+    assert counts["users without an item to mine"] == prep.n_users - len(best) > 0
+    of_profiles = llm.text_vectors(model, tokenizer, [user["profile"] for user in prep.users])
+    np.testing.assert_allclose(user_text, of_profiles, atol=1e-5)
+    np.testing.assert_allclose(targets, llm.whiten(item_text), atol=1e-4)
 
 
 def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
