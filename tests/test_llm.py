@@ -33,9 +33,9 @@ def test_many_texts_have_the_ids_and_vectors_of_each_alone():
     expected = [n % 7 + 1 for n in range(2_500)]
     ids = llm.encode(tokenizer, list(texts))
     assert list(map(len, ids)) == expected and all(row[-1] == ids[0][0] for row in ids)
-    some = ["ab", "a", "bbb", "ab", ""]
+    some = ["ab", "a", "bbb" * 30, "ab", ""]
     vectors = llm.text_vectors(model.eval(), tokenizer, some, batch_size=2)
-    parts = [[*row, 1] for row in llm.encode(tokenizer, some)]
+    parts = [[*row[:64], 1] for row in llm.encode(tokenizer, some)]
     with torch.no_grad():
         alone = torch.stack([plain(model, [0, *part], 1, "mean") for part in parts])
     torch.testing.assert_close(torch.from_numpy(vectors), alone - alone.mean(0), atol=1e-5, rtol=0)
@@ -72,7 +72,7 @@ def random_model(family: str, **knobs):
     [
         ("phi3", {"intermediate_size": 64, "num_key_value_heads": 4}, {"qkv_proj", "o_proj"}),
         ("gpt_neox", {"intermediate_size": 64}, {"query_key_value", "dense"}),
-        ("gpt2", {}, {"c_attn", "c_proj"}),
+        ("gpt2", {"n_positions": 100}, {"c_attn", "c_proj"}),  # just enough
     ],
 )
 def test_attention_is_tuned_whatever_its_layers_are_called(family, knobs, targets):
@@ -240,9 +240,10 @@ def tune(model: llm.NegativeModel, n_steps: int) -> float:
 def test_soft_tokens_start_as_long_as_words(family):
     base, _ = llm.tiny_model(family)
     cf = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
-    model = llm.NegativeModel(base, cf, cf, 3)
-    words, soft = base.get_input_embeddings()(torch.arange(258)), model.user_projection(model.cf[: model.n_users])
-    assert (soft.norm(dim=1).mean() / words.norm(dim=1).mean()).item() == pytest.approx(1, abs=0.2)
+    model = llm.NegativeModel(base, 7 * cf, 0.1 * cf, 3)
+    words = base.get_input_embeddings()(torch.arange(258)).norm(dim=1).mean().item()
+    for soft in (model.user_projection(model.cf[:50]), model.item_projection(model.cf[50:])):
+        assert soft.norm(dim=1).mean().item() / words == pytest.approx(1, abs=0.2)
 
 
 def test_a_model_in_bfloat16_passes_by_the_tolerance_of_its_own_rounding():
