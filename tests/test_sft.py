@@ -417,6 +417,14 @@ def test_transfer_keeps_the_tuned_weights_and_solves_a_head_of_its_own(toy_run, 
     assert cli("generate", *other).returncode == 0
 
 
+def test_an_adapter_of_another_folder_can_be_tuned_further(toy_run, tmp_path):
+    run = with_prep(toy_run, tmp_path)
+    run_stage("sft", run, "--init-from", toy_run / "sft", "--n-users", 8, "--eval-every", 1)
+    assert load_json(run / "sft" / "manifest.json")["counts"]["kept"]["step"] > 0
+    before, after = (load_file(f / "sft" / "adapter" / "adapter_model.safetensors") for f in (toy_run, run))
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_an_adapter_of_another_shape_is_refused(toy_run, tmp_path):
     folder = shutil.copytree(toy_run / "sft", tmp_path / "sft")
     config = load_json(folder / "adapter" / "adapter_config.json")
