@@ -138,10 +138,16 @@ def test_the_readme_s_transfer_differs_from_its_base_in_the_language_model_alone
     assert all(knobs(stage, tables) == knobs(stage, base) for stage in ("prep", "generate"))
 
 
-def test_skipped_warm_up_ranks_are_never_matched(toy_run, tmp_path):
+def test_matches_lie_within_the_band_and_never_among_skipped_warm_up_ranks(toy_run, tmp_path):
     run = with_inputs(toy_run, tmp_path)
-    generate(run, "--skip-ranks", 10)
-    matches, pairs = (load_npy(run / "generate" / f"{name}.npy") for name in ("matches", "pairs"))
+    generate(run, "--skip-ranks", 10, "--min-similarity", 0.35, "--max-similarity", 0.45)
+    matches, pairs, scores = (
+        load_npy(run / "generate" / f"{name}.npy") for name in ("matches", "pairs", "match_scores")
+    )
+    without = (matches < 0).all(axis=1)
+    within = (np.float32(0.35) <= scores) & (scores <= np.float32(0.45))
+    assert np.array_equal(within, matches >= 0) and 0 < without.mean() < 0.5
+    assert load_json(run / "generate" / "manifest.json")["counts"]["pairs without match"] == without.sum()
     cf_user, cf_item = (load_npy(run / "sft" / f"cf_{who}.npy") for who in ("user", "item"))
     for u in range(60):
         mine = pairs[:, 0] == u
