@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import click
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from hnlm_ref import pictures, report
 from hnlm_ref.artifacts import Run, load_json, load_jsonl, load_npy, save_json, save_jsonl, save_npy
@@ -414,6 +415,22 @@ def test_a_kind_of_negatives_without_figures_is_a_row_of_dashes(tmp_path):
     save_json(tmp_path / "generate" / "quality.json", {"uniform": {"x_y": 0.5}, "nearest item": {"x_y": None}})
     view = SimpleNamespace(run=SimpleNamespace(dir=tmp_path), prefix="")
     assert report.quality_rows([view]) == [["on validation", "x y"], ["uniform", "0.500"], ["nearest item", "-"]]
+
+
+def test_a_picture_draws_the_numbers_it_is_given(monkeypatch):
+    figure = Figure()
+    monkeypatch.setattr(pictures, "_svg", lambda draw, *_: draw(figure.add_subplot()))
+    pictures.intervals("x", [("a", 2, 1, 3, 0.5), ("b", 7, 6, 8, None)], "share, %")
+    pictures.curves("x", {"a": [([1, 2], [3, 4]), ([1], [5])], "b": [([2], [6])]}, "epoch", "ndcg")
+    pictures.curves("x", {"a": [(range(1, 3), [3, 4])]}, "lists", "share", ("p", "q"))
+    bars, lines, named = figure.axes
+    drawn = [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
+    assert drawn[0] == [[[1, 0], [3, 0]], [[2, 0]], [[0.5, 0]], [[6, 1], [8, 1]], [[7, 1]]]  # bar, dot, perhaps a mark
+    assert drawn[1:] == [[[[1, 3], [2, 4]], [[1, 5]], [[2, 6]]], [[[1, 3], [2, 4]]]]
+    assert bars.get_ylim() == (1.5, -0.5) and [text.get_text() for text in bars.get_yticklabels()] == ["a", "b"]
+    assert named.get_xticks().tolist() == [1, 2] and [text.get_text() for text in named.get_xticklabels()] == ["p", "q"]
+    labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in (bars, lines, named)]
+    assert labels == [("share, %", ""), ("epoch", "ndcg"), ("lists", "share")]
 
 
 def test_a_name_in_the_legend_may_begin_with_a_dash_below():
