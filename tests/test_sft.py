@@ -363,6 +363,18 @@ def test_a_pool_mines_what_the_guard_leaves_and_profiles_of_a_model_have_vectors
     of_profiles = llm.text_vectors(model, tokenizer, [user["profile"] for user in prep.users])
     np.testing.assert_allclose(user_text, of_profiles, atol=1e-5)
     np.testing.assert_allclose(targets, llm.whiten(item_text), atol=1e-4)
+    # What is told of the held-out triplets, one by one: cos(h, p) > cos(h, n), and the share of items above p.
+    tuned = llm.load_negative_model(model, sft, cf_user, cf_item)
+    unit = targets / np.linalg.norm(targets, axis=1)[:, None]
+    queries, found = llm.make_queries(tokenizer, prep.users, prep.items, 160, 64), []
+    for t in triplets:
+        if t["held_out"]:
+            with torch.no_grad():
+                cosine = unit @ tuned(llm.pack([queries.row(t["user"], [t["item"]])]))[1][0].numpy()  # times a length
+            found.append((cosine[t["positive"]] > cosine[t["item"]], (cosine > cosine[t["positive"]]).mean()))
+    line = load_jsonl(sft / "log.jsonl")[-1]
+    told = line["held_out_accuracy"], line["held_out_rank_of_positive"]
+    assert told == pytest.approx(np.mean(found, axis=0), abs=2e-3) and 0 < told[1] < told[0]
 
 
 def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
@@ -419,7 +431,7 @@ def test_transfer_keeps_the_tuned_weights_and_solves_a_head_of_its_own(toy_run, 
 
 def test_an_adapter_of_another_folder_can_be_tuned_further(toy_run, tmp_path):
     run = with_prep(toy_run, tmp_path)
-    run_stage("sft", run, "--init-from", toy_run / "sft", "--n-users", 8, "--eval-every", 1)
+    run_stage("sft", run, "--init-from", toy_run / "sft", "--n-users", 8, "--eval-every", 1, "--checkpointing")
     assert load_json(run / "sft" / "manifest.json")["counts"]["kept"]["step"] > 0
     before, after = (load_file(f / "sft" / "adapter" / "adapter_model.safetensors") for f in (toy_run, run))
     assert not any(torch.equal(before[name], after[name]) for name in before)
