@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import click
@@ -273,7 +274,9 @@ def test_a_run_is_told_as_json_or_as_its_line_and_tables(toy_run, monkeypatch):
     beginnings = ["method", "ndcg@20, paired over users", "lists of", "negatives of"]
     assert [text.split("  ")[0] for text in tables] == beginnings == bold
     monkeypatch.setattr(report, "compare", lambda *_: [])  # as of one method alone
-    assert "paired over users" not in report.show(toy_run, None, False)
+    monkeypatch.setattr(report, "list_rows", lambda _: [["lists of"], ["one"]])
+    shown = report.show(toy_run, None, False)
+    assert "paired over users" not in shown and "lists of" in shown
 
 
 def test_the_explorer_holds_users_evenly_from_the_least_to_the_most_active(toy_run):
@@ -371,7 +374,7 @@ def test_the_page_needs_no_other_file_and_is_the_same_when_written_again(marked_
     assert len(ids) == len(set(ids))
 
 
-def test_runs_of_other_users_stand_side_by_side_without_a_paired_test(toy_run, tmp_path, cli):
+def test_runs_of_other_users_stand_side_by_side_without_a_paired_test(toy_run, tmp_path, cli, monkeypatch):
     other = shutil.copytree(toy_run, tmp_path / "other")
     users = load_jsonl(other / "prep" / "users.jsonl")
     save_jsonl(other / "prep" / "users.jsonl", ({**user, "key": f"x{user['key']}"} for user in users))
@@ -393,6 +396,8 @@ def test_runs_of_other_users_stand_side_by_side_without_a_paired_test(toy_run, t
     assert [view.prefix for view in open_runs([toy_run, twin])] == [f"{toy_run}: ", f"{twin}: "]
     assert [view.prefix for view in open_runs([toy_run, other])] == ["run: ", "other: "]
     assert [view.prefix for view in open_runs([toy_run])] == [""]
+    monkeypatch.chdir(toy_run)
+    assert View(Path()).name == "run"
     told = load_json(other / "eval" / "metrics.json")
     save_json(other / "eval" / "metrics.json", {**told, "k": [5]})
     with pytest.raises(UserError, match=r"evaluated with different K, .*5.*10, 20"):
