@@ -310,7 +310,8 @@ class Server(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(max(len(body), length)))
         self.send_header("Location", "/elsewhere")
-        self.send_header("Retry-After", Server.retry_after)
+        if Server.retry_after:
+            self.send_header("Retry-After", Server.retry_after)
         self.end_headers()
         self.wfile.write(body.encode())
 
@@ -344,7 +345,7 @@ def server(monkeypatch):
 
 def test_a_server_is_asked_again_after_a_busy_answer_and_given_up_in_the_end(server, tmp_path):
     Server.plan = {"b": [503, 429, 408, 200], "c": [500]}
-    replies = ask(tmp_path / "t.jsonl", ["a", "b", "c"], server, ["A", "x", "x"], n_retries=3, max_new_tokens=9)
+    replies = ask(tmp_path / "t.jsonl", ["a", "b", "c"], f"{server}/", ["A", "x", "x"], n_retries=3, max_new_tokens=9)
     assert [(r.status, r.text) for r in replies] == [("is_positive", None), ("ok", "b"), ("failed", None)]
     assert sorted(text for text, *_ in Server.seen) == ["a", *["b"] * 4, *["c"] * 4]
     assert {(limit, path) for _, limit, path in Server.seen} == {(9, "/v1/chat/completions")}
@@ -369,10 +370,11 @@ def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(ser
     Server.plan = {"a": [500]}
     list(profiles.ask_server(profiles.AskConfig(endpoint=server), ["a"]))
     assert waits == [0.5, 1, 2] and len(Server.seen) == 3
-    monkeypatch.setattr(Server, "retry_after", "7")  # it says how long it is busy
-    waits.clear()
-    list(profiles.ask_server(profiles.AskConfig(endpoint=server), ["a"]))
-    assert waits == [7, 7, 7]
+    for told, expected in (("7", [7, 7, 7]), ("Fri, 31 Dec 1999 23:59:59 GMT", [0.5, 1, 2])):  # how long it is busy
+        monkeypatch.setattr(Server, "retry_after", told)
+        waits.clear()
+        list(profiles.ask_server(profiles.AskConfig(endpoint=server), ["a"]))
+        assert waits == expected
     monkeypatch.setattr(Server, "retry_after", "inf")
     Server.plan, Server.seen = {"a": [500, "{"]}, []  # then half an answer, which says nothing of a wait
     waits.clear()
