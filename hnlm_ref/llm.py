@@ -90,7 +90,7 @@ def sums_vary(llm: Any) -> bool:
 # ---- loading ----------------------------------------------------------------------------------------------------
 
 
-def tiny_model(family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
+def tiny_model(family: str = "llama") -> tuple[Any, Any]:
     """A random two-layer model and a byte-level tokenizer, both made here: the real code path, nothing to download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -105,7 +105,7 @@ def tiny_model(family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
         num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), fast
 
 
@@ -128,7 +128,7 @@ def bfloat16_pays() -> bool:
 def choose_dtype(name: str, device: str) -> torch.dtype:
     """ "auto": bfloat16 where the GPU has it or on the CPU it pays, else float32; never float16: it overflows (D12)."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        return getattr(torch, name)
     pays = torch.cuda.is_bf16_supported() if device == "cuda" else bfloat16_pays()
     return torch.bfloat16 if pays else torch.float32
 
