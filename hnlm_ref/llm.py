@@ -238,7 +238,7 @@ def check_rows(name: str, llm: Any, longest: int) -> None:
     prefix, *parts = (piece.tolist() for piece in np.split(ids, (6, 12, 15)))
     others = 60 * [parts[-1]]  # windows and places that a layer keeps to itself show in a long row
     try:
-        soft = embedding.weight[:2].float().mean(0, keepdim=True)  # [1, d_llm], no word's embedding
+        soft = embedding.weight[:2].mean(0, keepdim=True)  # [1, d_llm], no word's embedding
         together = embed(llm, pack([([*prefix, -1], [*others, *parts])], device), soft)[-len(parts) :]
         alone = torch.cat([embed(llm, pack([([*prefix, -1], [part])], device), soft) for part in parts])  # [3, d_llm]
         off = float((together - alone).norm() / (alone - alone.mean(0)).norm())
