@@ -186,7 +186,7 @@ def match_titles(titles, catalogue, users, indptr, indices, k, min_similarity):
 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)
+    return (a.astype(np.float64) @ b.T).astype(np.float32)
 
 
 def topk(user_emb, item_emb, indptr, indices, k):
