@@ -336,7 +336,7 @@ fn match_items<'py>(
 ///     titles          list of N str
 ///     catalogue       list of I str
 ///     users, indptr, indices, k  as in `match_items`
-///     min_similarity  smallest likeness that counts, 0 to 1; titles that share nothing never match
+///     min_similarity  smallest likeness that counts; titles that share nothing never match
 /// Returns, Raises
 ///     as `match_items`
 #[pyfunction]
