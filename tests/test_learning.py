@@ -189,6 +189,8 @@ def test_the_first_loss_that_is_not_finite_stops_and_the_checkpoint_stays(tmp_pa
     mended = Training()
     assert [line["epoch"] for line in mended.fit(checkpoint=checkpoint, n_epochs=3).log] == [1, 2, 3]
     assert {batch.epoch for batch in mended.batches} == {3}
+    with pytest.raises(UserError, match=r"epoch 1: user_emb x item_emb can leave .*; lr 1e\+30 may be too large"):
+        Training().fit(lr=1e30, batch_size=150)  # one step, whose loss is finite and whose vectors are not to be ranked
     training.train = Csr.from_pairs([0, 0], [0, 1], 1, 2)  # no item left as a negative
     with pytest.raises(UserError, match="nothing to train on: no user has"):
         training.fit()
