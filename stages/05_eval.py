@@ -79,7 +79,7 @@ def main(cfg: EvalConfig, run: Run) -> dict:
         save_npy(run.out / "per_user" / f"{method}-{seed}.npy", per_user)
         results.setdefault(method, {})[seed] = {
             **{column: metrics.mean(values) for column, values in of_users.items()},
-            "by_popularity": analyses.group_means((ranks > 0) * 1.0, item_groups[test_items], N_POPULARITY),
+            "by_popularity": analyses.group_means(ranks > 0, item_groups[test_items], N_POPULARITY),
             "by_activity": analyses.group_means(of_users[f"ndcg@{k}"], user_groups[users], N_ACTIVITY),
             "lists": analyses.describe_lists(lists, popularity),
         }
