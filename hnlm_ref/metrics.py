@@ -52,8 +52,7 @@ def from_ranks(ranks: np.ndarray, held_out: Csr, ks: tuple[int, ...]) -> dict[st
 
 def mean(per_user: np.ndarray) -> float:
     """Mean over the users that have something held out; summed in user order, so equal for any number of threads."""
-    kept = per_user[~np.isnan(per_user)]
-    return float(kept.sum() / len(kept)) if len(kept) else float("nan")
+    return float(per_user[~np.isnan(per_user)].mean())
 
 
 # ---- two runs over the same users -------------------------------------------------------------------------------
@@ -138,11 +137,11 @@ def share_interval(hits: np.ndarray, drawn: np.ndarray) -> tuple[float, float, f
 
 
 def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of non-negative counts: 0 all equal (or all zero), (n - 1) / n all on one.
+    """Gini coefficient of non-negative counts, some of them positive: 0 all equal, (n - 1) / n all on one.
 
     >>> gini(np.array([0, 0, 0, 8])), gini(np.array([2, 2, 2, 2]))
     (0.75, 0.0)
     """
-    n, total = len(counts), counts.sum()
+    n = len(counts)
     place = 2 * np.arange(1, n + 1) - n - 1
-    return float((place * np.sort(counts)).sum() / (n * max(total, 1)))
+    return float((place * np.sort(counts)).sum() / (n * counts.sum()))
