@@ -290,6 +290,8 @@ def test_the_bootstrap_interval_is_that_of_the_normal_for_many_users():
     found = metrics.compare(diff, np.zeros(1000))
     assert found["difference"] == pytest.approx(1) and found["users"] == 1000 and found["p"] < 0.001
     assert (found["low"], found["high"]) == pytest.approx((1 - 0.124, 1 + 0.124), abs=0.01)
+    diff += 1.5 * 2 / np.sqrt(1000) - 1  # 1.5 standard errors from 0, to either side of which lie 2 x 0.0668
+    assert metrics.sign_flip_p(diff, np.zeros(1000)) == pytest.approx(0.1336, abs=0.01)
 
 
 def test_runs_are_matched_by_user_key_and_a_missing_user_is_an_error():
