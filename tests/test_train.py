@@ -188,8 +188,8 @@ def test_users_who_all_took_everything_leave_nothing_to_train_on(tmp_path):
 
 
 def test_users_short_of_candidates_are_counted(tmp_path, capsys):  # case B11: 3 free items, a pool of 50
-    rows, items = np.array([0] * 57 + [1] + [2] * 20), np.array([*range(57), 0, *range(20)])
-    write_prep(tmp_path, Csr.from_pairs(rows, items, 3, 60), Csr.from_pairs([1], [1], 3, 60))
+    rows, items = np.array([0] * 57 + [1] * 10 + [2] * 20), np.array([*range(57), *range(10), *range(20)])
+    write_prep(tmp_path, Csr.from_pairs(rows, items, 3, 60), Csr.from_pairs([1], [50], 3, 60))
     train(tmp_path, "dns", "--pool-size", "50")
     assert "2 users are short of 50 candidates, by 47 at most" in capsys.readouterr().err
 
