@@ -119,10 +119,10 @@ def test_groups_and_negatives_are_those_of_loops_over_seeds_and_users(toy_run, t
     second = shutil.copytree(run / "train" / "dns" / "seed0", run / "train" / "dns" / "seed1")
     save_npy(second / "user.npy", -load_npy(second / "user.npy"))
     shutil.copy(run / "train" / "uniform" / "seed0" / "negatives.npy", second / "negatives.npy")
-    words = "--preset", "toy", "--run-dir", str(run), "--methods", "dns", "--n-seeds", "2", "--k", "20,5"
+    words = "--preset", "toy", "--run-dir", str(run), "--methods", "dns", "--n-seeds", "2", "--k", "20,5,20"
     load_stage("eval").main([*words, "--n-users", "55"], standalone_mode=False)
     told = load_json(run / "eval" / "metrics.json")
-    assert (told["users"], told["users_without_test"], told["subset"]) == (55, 5, None)
+    assert (told["users"], told["users_without_test"], told["subset"], told["k"]) == (55, 5, None, [20, 5])
 
     popularity = np.bincount(prep.train.indices, minlength=prep.n_items)
     item_groups, user_groups = analyses.equal_groups(popularity, 10), analyses.equal_groups(prep.train.degrees(), 5)
