@@ -81,7 +81,7 @@ METHODS = [
     *((name, []) for name in ("hnlm", "hnlm_matched", "hnlm_pool")),
     *(("mine", ["--sampler", "dns", "--enhancer", name]) for name in ("rlmrec_con", "rlmrec_gen", "kar")),
     ("dns", ["--backbone", "mf", "--guard-threshold", "1"]),
-    ("hnlm", ["--adapter-grad", "joint", "--adapter", "attention", "--guard-threshold", "1", "--warm-start"]),
+    ("hnlm", ["--adapter-grad", "joint", "--adapter", "attention", "--warm-start"]),
     ("hnlm", ["--rank-loss", "hinge", "--n-negatives", "3", "--base-sampler", "dns", "--n-ramp-epochs", "2"]),
     ("mixgcf", ["--backbone", "mf", "--n-negatives", "2", "--batch-size", "239"]),  # 240 pairs: a batch of one row
 ]
@@ -103,6 +103,8 @@ def test_every_method_trains_and_writes_what_stage_5_reads(run_dir, method, word
     assert sorted(p.name for p in folder.iterdir()) == [
         "item.npy", "log.jsonl", "manifest.json", "model.safetensors", "negatives.npy", "user.npy",
     ]  # fmt: skip
+    read = {"prep", *["sft"] * any(word in words for word in ("--enhancer", "--guard-threshold", "--warm-start"))}
+    assert set(load_json(folder / "manifest.json")["inputs"]) == read | ({"generate"} if "hnlm" in method else set())
 
 
 @pytest.mark.parametrize("base", ["uniform", "dns", "mixgcf"])
@@ -247,9 +249,7 @@ def test_evaluation_has_the_same_bytes_for_any_number_of_threads(toy_run, tmp_pa
 
 
 @pytest.mark.parametrize(("vary", "seen"), [(True, {1}), (False, {2})])
-def test_an_encoder_with_a_loss_of_its_own_has_one_thread_where_products_depend_on_them(
-    run_dir, monkeypatch, vary, seen
-):
+def test_dense_products_have_one_thread_where_they_depend_on_them(run_dir, monkeypatch, vary, seen):
     import torch
 
     from hnlm_ref import losses, recommender
@@ -264,7 +264,11 @@ def test_an_encoder_with_a_loss_of_its_own_has_one_thread_where_products_depend_
     monkeypatch.setitem(recommender.ENCODERS, "mf", Own)
     monkeypatch.setattr(losses, "products_vary", lambda: vary)
     try:
-        train(run_dir, "uniform", "--backbone", "mf", "--n-epochs", "1", "--n-threads", "2")
+        for words in (["hnlm"], ["uniform", "--enhancer", "kar"], ["uniform", "--backbone", "mf"]):
+            train(run_dir, *words, "--n-epochs", "1", "--n-threads", "2")
+            found.add(torch.get_num_threads())
+        train(run_dir, "hnlm", "--mix-alpha", "0", "--n-epochs", "1", "--n-threads", "2")
+        assert torch.get_num_threads() == 2  # plain LightGCN has none
     finally:
         torch.set_num_threads(before)
     assert found == seen
