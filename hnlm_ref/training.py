@@ -143,7 +143,7 @@ def fit(
             line["valid_ndcg@20"] = mean = metrics.mean(score) if valid.nnz else None
             if mean is None or mean > done.best_score:  # nothing to validate on: the last epoch
                 done.best_score, done.best_epoch = mean or 0.0, epoch
-                best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+                best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         done.epoch, done.log = epoch, [*done.log, line]
         if checkpoint is not None and epoch % checkpoint_every == 0:
             save_checkpoint(checkpoint, optimiser, asdict(done), model.state_dict(), best)
