@@ -151,7 +151,7 @@ def test_a_base_sampler_never_picks_a_place_without_a_candidate(base, tmp_path):
     train = csr([[1, 2], [0]], 6)
     matches = np.array([[0, -1], [4, -1], [-1, -1]], np.int32)  # one matched item, or none
     made = generated(write_generated(tmp_path / "g", train.pairs(), 6, n_matches=2, matches=matches), train)
-    sampler = Sampler("hnlm_matched", train, base_sampler=base, n_top=3, n_matched=2, generated=made)
+    sampler = Sampler("hnlm_matched", train, base_sampler=base, n_top=3, n_matched=9, generated=made)
     rows = torch.tensor([0, 1, 2] * 50)
     _, (items, _) = pick(sampler, np.tile(train.pairs(), (50, 1)), random_layers(train), rows=rows)
     assert items[rows < 2].unique().tolist() == [0, 4]
@@ -383,6 +383,9 @@ def test_matched_items_that_are_positives_or_guarded_are_dropped(tmp_path):  # c
         ({"matches": np.full((2, 5), 4, np.int32)}, "matches.npy: a number lies outside 2 users and 4 items"),
         ({"match_scores": np.full((2, 5), np.nan, np.float32)}, "match_scores.npy: row 0 holds a number that is not"),
         ({"match_scores": np.ones((2, 5), np.int32)}, "match_scores int32 (2, 5)"),
+        ({"match_scores": np.ones((2, 4), np.float32)}, "match_scores float32 (2, 4)"),
+        ({"matches": np.zeros((1, 5), np.int32), "match_scores": np.ones((1, 5), np.float32)}, "matches int32 (1, 5)"),
+        ({"matches": np.zeros((2, 0), np.int32), "match_scores": np.ones((2, 0), np.float32)}, "matches int32 (2, 0)"),
         (
             {"embeddings": np.array([[1, 2], [3, np.nan]], np.float16)},
             "row 1, user 1 and item 3, holds a number that is not finite",
