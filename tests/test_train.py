@@ -201,6 +201,8 @@ def test_negatives_of_another_preparation_are_refused(run_dir, capsys):  # cases
     save_json(run_dir / "generate" / "manifest.json", manifest)
     with pytest.raises(UserError, match="was made from prep other"):
         train(run_dir, "hnlm")
+    with pytest.raises(UserError, match=r"generate_dir .*elsewhere is no finished generate folder"):
+        train(run_dir, "hnlm", "--generate-dir", str(run_dir / "elsewhere"))
     (run_dir / "generate").rename(run_dir / "elsewhere")
     with pytest.raises(UserError, match="made from prep other, this run's prep is p"):
         train(run_dir, "hnlm", "--generate-dir", str(run_dir / "elsewhere"))
