@@ -67,7 +67,6 @@ class RlmRecGenerative(Enhancer):
         super().__init__(text, n_users, dim, weight)
         self.mask = nn.Parameter(torch.zeros(dim))
         self.project = mlp(dim, text.shape[1])
-        self.masked = torch.empty(0, dtype=torch.int64)
 
     def augment(self, table: Tensor) -> Tensor:
         if not self.training:
