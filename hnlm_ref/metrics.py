@@ -86,9 +86,9 @@ def sign_flip_p(a: np.ndarray, b: np.ndarray) -> float:
     a, b  float64 [U], the same users in the same order, NaN in both for the same users
     Exact (all 2^n sign patterns) up to 16 users that differ, sampled with the identity counted above that.
     All differences zero give 1.
-    Raises ValueError when the lengths or the users with NaN differ, or no user is left.
+    Raises ValueError when the lengths or the users with NaN differ.
     """
-    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any() or np.isnan(a).all():
+    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
         raise ValueError(f"the two runs do not hold the same users: {a.shape} and {b.shape}")
     diff = (a - b)[~np.isnan(a)]
     diff = diff[diff != 0]
