@@ -84,6 +84,7 @@ def test_metrics_json_says_what_a_slow_twin_says(toy_run):
     prep = Run(toy_run).prep()
     test = load_csr(toy_run / "prep", "test", prep.n_items)
     found = load_json(toy_run / "eval" / "metrics.json")
+    cf_user, cf_item = (load_npy(toy_run / "sft" / f"cf_{side}.npy").astype(np.float64) for side in ("user", "item"))
     for method in ("uniform", "dns", "hnlm"):
         folder = toy_run / "train" / method / "seed0"
         scores = load_npy(folder / "user.npy").astype(np.float64) @ load_npy(folder / "item.npy").astype(np.float64).T
@@ -100,6 +101,9 @@ def test_metrics_json_says_what_a_slow_twin_says(toy_run):
         drawn = load_npy(folder / "negatives.npy")
         false = np.mean([item in test.row(user) for user, item in drawn if len(test.row(user))])
         assert found["negatives"][method]["false"][0] == pytest.approx(false)
+        warm_up = [(cf_item @ cf_user[u], u, j) for u, j in drawn if len(test.row(u))]
+        below = [np.mean(np.delete(scores, [*prep.train.row(u), j]) < scores[j]) for scores, u, j in warm_up]
+        assert found["negatives"][method]["percentile"] == pytest.approx(np.mean(below), abs=1e-4)
     assert sum(group["interactions"] for group in found["popularity_groups"]) == prep.train.nnz
     assert sum(group["test_pairs"] for group in found["activity_groups"]) == test.nnz
     per_user = load_npy(toy_run / "eval" / "per_user" / "dns-seed0.npy")
@@ -111,9 +115,9 @@ def test_metrics_json_says_what_a_slow_twin_says(toy_run):
 def test_groups_and_negatives_are_those_of_loops_over_seeds_and_users(toy_run, tmp_path):
     """Two seeds, the second with its vectors turned round and other negatives; the first five users have no test.
 
-    Nobody took the last item in training, and nothing was generated.
+    Nobody took the last item in training, and nothing was tuned or generated.
     """
-    run = shutil.copytree(toy_run, tmp_path / "run", ignore=shutil.ignore_patterns("generate"))
+    run = shutil.copytree(toy_run, tmp_path / "run", ignore=shutil.ignore_patterns("generate", "sft"))
     known = load_csr(run / "prep", "train", 80).pairs()
     save_csr(run / "prep", "train", Csr.from_pairs(*known[known[:, 1] < 79].T, 60, 80))
     save_npy(run / "prep" / "train.order.npy", np.arange((known[:, 1] < 79).sum()))
@@ -156,10 +160,10 @@ def test_groups_and_negatives_are_those_of_loops_over_seeds_and_users(toy_run, t
     kept = []
     for seed in (0, 1):  # a subset is another one for another seed
         load_stage("eval").main(
-            [*words, "--n-seeds", "1", "--seed", str(seed), "--n-users", "7"], standalone_mode=False
+            [*words, "--n-seeds", "1", "--seed", str(seed), "--n-users", "40"], standalone_mode=False
         )
         kept.append(np.flatnonzero(~np.isnan(load_npy(run / "eval" / "per_user" / f"dns-seed{seed}.npy")[0])).tolist())
-    assert len(kept[0]) == len(kept[1]) == 7 and kept[0] != kept[1] and min(*kept[0], *kept[1]) >= 5
+    assert len(kept[0]) == len(kept[1]) == 40 and kept[0] != kept[1] and min(*kept[0], *kept[1]) >= 5
 
 
 def test_no_seconds_stand_in_the_files_that_make_the_fingerprint(toy_run):
