@@ -193,7 +193,7 @@ def test_the_test_part_is_opened_once_and_only_after_training(toy_run, tmp_path,
     run = shutil.copytree(toy_run, tmp_path / "run")  # case C13
     opened = []
     monkeypatch.setattr(Run, "test", lambda self: opened.append(1) or load_csr(self.dir / "prep", "test", 80))
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "per_user").mkdir(parents=True)  # of an evaluation that was interrupted
     command = load_stage("eval")
     command.main_function(command.config(), Run(run, methods=("uniform", "dns"), out=tmp_path / "out"))
     assert len(opened) == 1
