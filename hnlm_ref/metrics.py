@@ -92,8 +92,6 @@ def sign_flip_p(a: np.ndarray, b: np.ndarray) -> float:
         raise ValueError(f"the two runs do not hold the same users: {a.shape} and {b.shape}")
     diff = (a - b)[~np.isnan(a)]
     diff = diff[diff != 0]
-    if len(diff) == 0:
-        return 1.0
     observed = abs(diff.sum()) - 1e-12 * abs(diff).sum()  # sums in another order are ties, not smaller
     if len(diff) <= 16:
         signs = 1 - 2 * ((np.arange(2 ** len(diff))[:, None] >> np.arange(len(diff))) & 1)
