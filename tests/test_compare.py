@@ -120,10 +120,10 @@ def test_compare_crosses_methods_and_backbones_and_shares_out_the_threads(finish
     stages = {name: load_stage(name) for name in ("train", "eval")}
     run = dataclasses.replace(run, methods=("dns",), n_threads=0, preset="toy", device_knob="cpu")
     with pytest.raises(UserError, match="is not finished"):
-        compare.compare(run, {}, stages, ("lightgcn", "mf"), 4)
+        compare.compare(run, {}, stages, ("lightgcn", "mf"), 3)
     names = "dns@backbone=lightgcn", "dns@backbone=mf"
-    words = {"preset": "toy", "device": "cpu", "seed": 5, "n_threads": 1}
-    assert batches == [([python_of("train", run, method=name, **words) for name in names], 4)]
+    words = {"preset": "toy", "device": "cpu", "seed": 5, "n_threads": 2}
+    assert batches == [([python_of("train", run, method=name, **words) for name in names], 3)]
     save_json(run.dir / "prep" / "manifest.json", {"counts": {"valid": 0, "test": 9}})  # nothing is chosen on it
     alone = dataclasses.replace(run, n_seeds=1, methods=("uniform",))
     assert "| - |" in compare.compare(alone, {}, stages, (), 9)
