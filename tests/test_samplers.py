@@ -381,7 +381,7 @@ def test_matched_items_that_are_positives_or_guarded_are_dropped(tmp_path):  # c
         ({"pairs": np.array([0, 1], np.int32)}, "pairs int32 (2,)"),
         ({"pairs": np.zeros((2, 3), np.int32)}, "pairs int32 (2, 3)"),
         ({"matches": np.full((2, 5), 4, np.int32)}, "matches.npy: a number lies outside 2 users and 4 items"),
-        ({"match_scores": np.full((2, 5), np.nan, np.float32)}, "match_scores.npy: row 0 holds a number that is not"),
+        ({"match_scores": np.float32([[0.9, 0.8, 0.7, 0.6, np.nan]] * 2)}, "match_scores.npy: row 0 holds a number"),
         ({"match_scores": np.ones((2, 5), np.int32)}, "match_scores int32 (2, 5)"),
         ({"match_scores": np.ones((2, 4), np.float32)}, "match_scores float32 (2, 4)"),
         ({"matches": np.zeros((1, 5), np.int32), "match_scores": np.ones((1, 5), np.float32)}, "matches int32 (1, 5)"),
