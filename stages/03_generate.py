@@ -1,8 +1,8 @@
 """Stage 3: ask the tuned model for one hard negative per (user, item) pair, and find the items it comes nearest to.
 
 Paper: semantic negative sampling. Reads prep/, sft/. Writes generate/: pairs.npy int32 [N, 2], embeddings.npy float16
-[N, d_llm] (h), item_vectors.npy float32 [I, d_out], matches.npy int32 [N, m], match_scores.npy float32 [N, m],
-quality.json; in text mode texts.jsonl too, one line per question.
+[N, d_llm] (h), matches.npy int32 [N, m], match_scores.npy float32 [N, m], quality.json; in text mode texts.jsonl too,
+one line per question.
 
     python stages/03_generate.py --preset toy     # about 10 s on a CPU
 """
@@ -185,7 +185,6 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     matches, scores = match((blocked.indptr, blocked.indices), cfg.n_matches)  # [N, m]
     if (matches < 0).all():
         raise UserError("no negative matches any item; widen min_similarity and max_similarity, or lower skip_ranks")
-    save_npy(out / "item_vectors.npy", item_vectors)
     save_npy(out / "matches.npy", matches)  # [N, m]
     save_npy(out / "match_scores.npy", scores)
 

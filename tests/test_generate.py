@@ -71,7 +71,7 @@ def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made
     h = load_npy(folder / "embeddings.npy").astype(np.float64)
     h = (h - own["head.center"].numpy()) / own["head.spread"].numpy()
     z = h @ own["head.linear.weight"].numpy().T + own["head.linear.bias"].numpy()
-    items = load_npy(folder / "item_vectors.npy").astype(np.float64)
+    items = load_npy(sft / "targets.npy").astype(np.float64)
     cosine = (z / np.linalg.norm(z, axis=1, keepdims=True)) @ (items / np.linalg.norm(items, axis=1, keepdims=True)).T
     matches, scores = load_npy(folder / "matches.npy"), load_npy(folder / "match_scores.npy")
     pairs = load_npy(folder / "pairs.npy")

@@ -144,7 +144,7 @@ def figures(folder) -> dict[str, np.ndarray]:
     log = load_jsonl(folder / "log.jsonl") if folder.name != "generate" else []
     lines = [line for line in log if line.get("head") or "epoch" in line]  # of tuning, those before the first step
     numbers = [[value for value in line.values() if isinstance(value, float)] for line in lines]
-    names = {"sft": ("cf_item", "item_text", "targets"), "generate": ("embeddings", "item_vectors")}
+    names = {"sft": ("cf_item", "item_text", "targets"), "generate": ("embeddings", "match_scores")}
     tables = {name: load_npy(folder / f"{name}.npy") for name in names.get(folder.name, ("user", "item"))}
     return {"log": np.array(numbers), **tables}
 
