@@ -11,6 +11,7 @@ and its results, RUN/compare.md the table.
 
 import itertools
 import os
+import signal
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -43,15 +44,28 @@ def settings(grid: dict[str, Any]) -> list[str]:
 def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
     """Run stage commands, `n_jobs` at a time; the first that fails ends it all once those running are through.
 
-    Choice: memory is not estimated beforehand; `n_jobs` is the user's, and what is finished is kept.
+    Told to end (Ctrl-C, SIGTERM) it ends them. Choice: memory is not estimated beforehand; `n_jobs` is the user's, and
+    what is finished is kept.
     """
+    running: list[subprocess.Popen] = []
+
+    def call(command: list[str]) -> int:
+        running.append(process := subprocess.Popen(command))
+        return process.wait()
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(n_jobs) as pool:
         try:
-            for future in as_completed([pool.submit(subprocess.call, command) for command in commands]):
+            for future in as_completed([pool.submit(call, command) for command in commands]):
                 if future.result() == -9:  # the system's way to say that memory is full
                     raise UserError("the system killed a stage, perhaps for want of memory; compare: lower --n-jobs")
                 if code := future.result():
                     raise SystemExit(code)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -194,6 +194,18 @@ def test_killed_in_every_stage_the_result_is_that_of_an_undisturbed_run(cli, toy
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".old", ".tmp"))]
 
 
+def test_told_to_end_all_ends_the_stage_that_runs(tmp_path):
+    command = [sys.executable, "-m", "hnlm_ref.cli", "all", "--preset", "toy", "--run-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "run" / ".sft.partial").exists():
+        time.sleep(0.01)
+    process.terminate()
+    _, told = process.communicate()  # to its last line, and that of every process that can write there
+    assert process.returncode == 1 and told.endswith("Aborted!\n")
+    assert not (tmp_path / "run" / "sft").exists()
+
+
 def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
     if shutil.which("cargo") is None:
         pytest.skip("cargo is not on the PATH, so no wheel can be built")
