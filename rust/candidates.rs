@@ -73,14 +73,13 @@ impl<'a> Law<'a> {
 }
 
 /// Copies each row of `candidates` without the user's own items and without -1 to the left of
-/// `out`, pads with -1, and counts what is left in `kept`.
+/// `out`, which is all -1 at first, and counts what is left in `kept`.
 pub fn filter_candidates(
     csr: CsrView, users: &[i32], candidates: &[i32], out: &mut [i32], kept: &mut [i32],
 ) -> Result<()> {
     refuse("users", users, 0, csr.n_rows())?;
     refuse("candidates", candidates, -1, i32::MAX as usize)?;
     let width = candidates.len() / users.len().max(1);
-    out.fill(-1);
     for (row, &user) in users.iter().enumerate() {
         let owned = csr.row(user as usize)?;
         let span = row * width..(row + 1) * width;

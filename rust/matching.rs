@@ -91,7 +91,7 @@ mod tests {
         let catalogue = ["Toy Story (1995)", "Toy Soldiers", "!!!", "Heat"].map(String::from);
         let titles = ["toy story, 1995", "zzz", ""].map(String::from);
         let csr = CsrView::new(OWNED, &[0, 0], &[], 4).unwrap();
-        let (mut items, mut scores) = ([0; 6], [0.0; 6]);
+        let (mut items, mut scores) = ([-1; 6], [0.0; 6]);
         match_titles(&titles, &catalogue, &[0, 0, 0], csr, 2, 0.2, (&mut items, &mut scores)).unwrap();
         assert_eq!(items, [0, 1, -1, -1, -1, -1]);
         // " toy story 1995 " has 14 trigrams, " toy soldiers " 12; four are common: " to", "toy", "oy ", "y s".

@@ -7,9 +7,8 @@ use crate::error::{Error, Result};
 /// Recall, NDCG, precision, hit, reciprocal rank, average precision: the order of the output.
 pub const N_METRICS: usize = 6;
 
-/// The rank of every held-out item in a given list `[U, k]`, 0 where it is missing.
+/// The rank of every held-out item in a given list `[U, k]`; `ranks` stays 0 where it is missing.
 pub fn ranks_in_lists(lists: &[i32], k: usize, held_out: CsrView, ranks: &mut [i32]) -> Result<()> {
-    ranks.fill(0);
     for user in 0..held_out.n_rows() {
         let ranks = &mut ranks[held_out.span(user)?];
         let items = held_out.row(user)?;

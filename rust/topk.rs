@@ -76,10 +76,8 @@ impl Best {
         self.buffer
     }
 
-    /// Writes the list, the best first, padded with -1 and `-inf`.
+    /// Writes the list, the best first, into arrays of -1 and `-inf`.
     pub fn finish(self, items: &mut [i32], scores: &mut [f32]) {
-        items.fill(-1);
-        scores.fill(f32::NEG_INFINITY);
         for (at, key) in self.ranked().into_iter().enumerate() {
             (items[at], scores[at]) = (item_of(key), score_of(key));
         }
@@ -243,7 +241,6 @@ impl State for Ranks<'_> {
     }
 
     fn finish(self) {
-        self.ranks.fill(0);
         let mut rank = 0;
         for (racer, n_between) in self.racing.iter().zip(self.n_between) {
             rank += 1 + n_between as i32;
@@ -260,7 +257,7 @@ impl State for Ranks<'_> {
 const MANY_HELD_OUT: usize = 20;
 
 /// The 1-based rank of every held-out item in its user's ranking, 0 where it is beyond `k` or
-/// excluded; `ranks` lies as the indices of `held_out` do.
+/// excluded; `ranks`, zeros at first, lies as the indices of `held_out` do.
 pub fn test_ranks(
     users: &Vectors, catalogue: &Vectors, excluded: CsrView, held_out: CsrView, k: usize, ranks: &mut [i32],
 ) -> Result<()> {
@@ -284,7 +281,6 @@ pub fn test_ranks(
     let states = rows.map(|row| {
         let (excluded, held_out, ranks) = row?;
         let then = |best: Best| {
-            ranks.fill(0);
             for (key, rank) in best.ranked().into_iter().zip(1..) {
                 if let Ok(slot) = held_out.binary_search(&item_of(key)) {
                     ranks[slot] = rank;
@@ -313,7 +309,7 @@ mod tests {
         topk(&users, &catalogue, excluded, 5, (&mut items, &mut scores)).unwrap();
         assert_eq!(items, [99, 149, 199, 48, 98]);
         let held_out = CsrView::new(HELD_OUT, &[0, 4], &[48, 49, 149, 198], 200).unwrap();
-        let mut ranks = [9; 4];
+        let mut ranks = [0; 4];
         test_ranks(&users, &catalogue, excluded, held_out, 5, &mut ranks).unwrap();
         assert_eq!(ranks, [4, 0, 2, 0]);
     }
