@@ -28,13 +28,11 @@ impl<'a> CsrView<'a> {
             return Err(Error::Argument { name: "n_items", found: n_cols.to_string(), expected: "at most 2147483647" });
         }
         let csr = Self { indptr, indices, n_cols, names };
-        if indptr[0] != 0 {
-            return Err(Error::Indptr { name: names.0, row: 0 });
+        let ends = [(0, 0), (csr.n_rows(), indices.len() as i64)];
+        match ends.into_iter().find(|&(row, expected)| indptr[row] != expected) {
+            Some((row, _)) => Err(Error::Indptr { name: names.0, row }),
+            None => Ok(csr),
         }
-        if indptr[csr.n_rows()] != indices.len() as i64 {
-            return Err(Error::Indptr { name: names.0, row: csr.n_rows() });
-        }
-        Ok(csr)
     }
 
     pub fn n_rows(&self) -> usize {
@@ -80,10 +78,7 @@ impl<'a> CsrView<'a> {
     pub fn window(&self, row: usize, steps: &impl Steps) -> Option<(&'a [i32; 32], usize)> {
         let (start, end) = (self.indptr[row], self.indptr[row + 1]);
         let len = end.wrapping_sub(start) as usize;
-        let window = self.indices.get(start as usize..)?.first_chunk::<33>()?;
-        if len > 32 {
-            return None;
-        }
+        let window = self.indices.get(start as usize..)?.first_chunk::<33>().filter(|_| len <= 32)?;
         let is_inside = len == 0 || (window[0] >= 0 && (window[len - 1] as usize) < self.n_cols);
         let rises = steps.rising(window) | u32::MAX.checked_shl(len.max(1) as u32 - 1)? == u32::MAX;
         if rises && is_inside { Some((window.first_chunk()?, len)) } else { None }
