@@ -25,7 +25,6 @@ pub fn match_items(
     // A computed cosine may lie a rounding error below -1; it is clipped, not lost.
     let floor = if min <= -1.0 { f32::MIN } else { min };
     let of = |query: usize| (users[query] as usize, if query_norms[query] > 0.0 { floor } else { f32::INFINITY });
-    let item_norms = &item_norms;
     let clipped = |item: i32, score: f32| {
         let cosine = score.clamp(-1.0, 1.0);
         (cosine <= max && item_norms[item as usize] > 0.0).then_some(cosine)
@@ -71,9 +70,6 @@ pub fn match_titles(
 fn trigrams(title: &str) -> Vec<[char; 3]> {
     let lower = title.to_lowercase();
     let words: Vec<&str> = lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
-    if words.is_empty() {
-        return Vec::new();
-    }
     let text: Vec<char> = format!(" {} ", words.join(" ")).chars().collect();
     let mut grams: Vec<[char; 3]> = text.windows(3).map(|w| [w[0], w[1], w[2]]).collect();
     grams.sort_unstable();
