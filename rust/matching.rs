@@ -76,21 +76,3 @@ fn trigrams(title: &str) -> Vec<[char; 3]> {
     grams.dedup();
     grams
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::csr::OWNED;
-
-    #[test]
-    fn titles_match_whatever_their_case_and_punctuation() {
-        let catalogue = ["Toy Story (1995)", "Toy Soldiers", "!!!", "Heat"].map(String::from);
-        let titles = ["toy story, 1995", "zzz", ""].map(String::from);
-        let csr = CsrView::new(OWNED, &[0, 0], &[], 4).unwrap();
-        let (mut items, mut scores) = ([-1; 6], [0.0; 6]);
-        match_titles(&titles, &catalogue, &[0, 0, 0], csr, 2, 0.2, (&mut items, &mut scores)).unwrap();
-        assert_eq!(items, [0, 1, -1, -1, -1, -1]);
-        // " toy story 1995 " has 14 trigrams, " toy soldiers " 12; four are common: " to", "toy", "oy ", "y s".
-        assert_eq!(scores[..2], [1.0, 8.0 / 26.0]);
-    }
-}

@@ -47,6 +47,14 @@ def test_title_matches_equal_the_twin(seed):
         assert np.array_equal(found, expected)
 
 
+def test_titles_match_whatever_their_case_and_punctuation():
+    """ " toy story 1995 " has 14 trigrams, " toy soldiers " 12; four are common: " to", "toy", "oy ", "y s"."""
+    titles, catalogue = ["toy story, 1995", "zzz", ""], ["Toy Story (1995)", "Toy Soldiers", "!!!", "Heat"]
+    nobody = np.zeros(3, np.int32), np.zeros(2, np.int64), np.zeros(0, np.int32)
+    found, scores = _core.match_titles(titles, catalogue, *nobody, 2, 0.2)
+    assert found.tolist() == [[0, 1], [-1, -1], [-1, -1]] and scores[0].tolist() == [1, np.float32(8 / 26)]
+
+
 def test_cosine_decides_and_ties_go_to_the_smaller_item():
     """Case D09; queries of length, excluded items, all items excluded."""
     items = np.array([[1, 0], [0, 1], [3, 3], [-1, 0], [30, 30]], np.float32)
