@@ -316,22 +316,23 @@ impl Steps for Avx512 {
     }
 }
 
-/// A kernel compiled with the processor's features switched on.
+/// A kernel compiled with features switched on that the processor has to be asked for.
 macro_rules! kernel {
-    ($name:literal, $lanes:ident, $rows:literal x $vectors:literal, $available:expr $(, $feature:literal)?) => {{
-        $(#[target_feature(enable = $feature)])?
+    ($name:literal, $lanes:ident, $rows:literal x $vectors:literal $(, $feature:tt)*) => {{
+        $(#[target_feature(enable = $feature)])*
         unsafe fn draw(batch: &Batch, first_row: usize, out: &mut [i32], scratch: &mut Scratch) -> Result<()> {
             batch.draw_rows(first_row, out, scratch, $lanes)
         }
-        $(#[target_feature(enable = $feature)])?
+        $(#[target_feature(enable = $feature)])*
         unsafe fn dots(query: &[f32], items: [&[f32]; DOTS]) -> [f32; DOTS] {
             self::dots(query, items, $lanes::step)
         }
-        $(#[target_feature(enable = $feature)])?
+        $(#[target_feature(enable = $feature)])*
         unsafe fn tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
             unsafe { self::tile::<$lanes, $rows, $vectors>(d, q, p, t, s, h) }
         }
-        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile, draw, dots, available: || $available }
+        let available = || true $(&& is_x86_feature_detected!($feature))*;
+        Kernel { name: $name, rows: $rows, cols: $vectors * $lanes::N, tile, draw, dots, available }
     }};
 }
 
@@ -342,24 +343,15 @@ pub const DOTS: usize = 8;
 pub const MAX_ROWS: usize = 14;
 pub const MAX_TILE: usize = 14 * 32;
 
-/// All of AVX-512 that the processors of the last years have (Skylake-X, Zen 4 and later).
-#[cfg(target_arch = "x86_64")]
-fn has_avx512() -> bool {
-    is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vl")
-}
-
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx512", Avx512, 14 x 2, has_avx512(), "avx512f,avx512dq,avx512bw,avx512vl"),
+    kernel!("avx512", Avx512, 14 x 2, "avx512f", "avx512dq", "avx512bw", "avx512vl"), // as Skylake-X, Zen 4 and later
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx2", Avx2, 6 x 2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2,fma"),
+    kernel!("avx2", Avx2, 6 x 2, "avx2", "fma"),
     #[cfg(target_arch = "aarch64")]
-    kernel!("neon", Neon, 6 x 4, true, "neon"),
-    kernel!("plain", Plain, 4 x 2, true),
+    kernel!("neon", Neon, 6 x 4),
+    kernel!("plain", Plain, 4 x 2),
 ];
 
 /// The place of the kernel in use among [`available`]'s.
