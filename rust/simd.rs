@@ -33,100 +33,72 @@ trait Lanes {
     }
 }
 
-struct Plain;
-
-impl Lanes for Plain {
-    type Vector = [f32; 4];
-    const N: usize = 4;
-    #[inline(always)]
-    unsafe fn splat(value: f32) -> [f32; 4] {
-        [value; 4]
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> [f32; 4] {
-        unsafe { from.cast::<[f32; 4]>().read() }
-    }
-    #[inline(always)]
-    unsafe fn store(vector: [f32; 4], to: *mut f32) {
-        unsafe { to.cast::<[f32; 4]>().write(vector) }
-    }
-    #[inline(always)]
-    unsafe fn multiply_add(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
-        from_fn(|n| a[n] * b[n] + c[n])
-    }
-    #[inline(always)]
-    unsafe fn at_least(a: [f32; 4], b: [f32; 4]) -> u64 {
-        (0..4).map(|n| u64::from(a[n] >= b[n]) << n).sum()
-    }
-    #[inline(always)]
-    fn step(a: f32, b: f32, c: f32) -> f32 {
-        a * b + c
-    }
-}
-
-/// Writes the five operations of a processor's vector type.
+/// Writes the operations of a type of vectors: splat, load, store, multiply_add, at_least and, if it is
+/// not the processor's, step.
 macro_rules! lanes {
-    ($name:ident, $vector:ty, $n:literal, $splat:ident, $load:ident, $store:ident,
-     |$a:ident, $b:ident, $c:ident| $multiply_add:expr, |$x:ident, $y:ident| $at_least:expr) => {
+    ($name:ident, $vector:ty, $n:literal, |$value:ident| $splat:expr, |$from:ident| $load:expr,
+     |$vec:ident, $to:ident| $store:expr, |$a:ident, $b:ident, $c:ident| $multiply_add:expr,
+     |$x:ident, $y:ident| $at_least:expr $(, |$p:ident, $q:ident, $r:ident| $step:expr)?) => {
         struct $name;
+        #[allow(unsafe_op_in_unsafe_fn)] // each is one operation
         impl Lanes for $name {
             type Vector = $vector;
             const N: usize = $n;
             #[inline(always)]
-            unsafe fn splat(value: f32) -> $vector {
-                unsafe { $splat(value) }
+            unsafe fn splat($value: f32) -> $vector {
+                $splat
             }
             #[inline(always)]
-            unsafe fn load(from: *const f32) -> $vector {
-                unsafe { $load(from) }
+            unsafe fn load($from: *const f32) -> $vector {
+                $load
             }
             #[inline(always)]
-            unsafe fn store(vector: $vector, to: *mut f32) {
-                unsafe { $store(to, vector) }
+            unsafe fn store($vec: $vector, $to: *mut f32) {
+                $store
             }
             #[inline(always)]
             unsafe fn multiply_add($a: $vector, $b: $vector, $c: $vector) -> $vector {
-                unsafe { $multiply_add }
+                $multiply_add
             }
             #[inline(always)]
             unsafe fn at_least($x: $vector, $y: $vector) -> u64 {
-                unsafe { $at_least }
+                $at_least
             }
+            $(#[inline(always)]
+            fn step($p: f32, $q: f32, $r: f32) -> f32 {
+                $step
+            })?
         }
     };
+}
+
+lanes! {
+    Plain, [f32; 4], 4, |v| [v; 4], |from| from.cast::<[f32; 4]>().read(), |v, to| to.cast::<[f32; 4]>().write(v),
+    |a, b, c| from_fn(|n| a[n] * b[n] + c[n]), |x, y| (0..4).map(|n| u64::from(x[n] >= y[n]) << n).sum(),
+    |a, b, c| a * b + c
 }
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 #[cfg(target_arch = "x86_64")]
-lanes!(
-    Avx512,
-    __m512,
-    16,
-    _mm512_set1_ps,
-    _mm512_loadu_ps,
-    _mm512_storeu_ps,
-    |a, b, c| _mm512_fmadd_ps(a, b, c),
-    |x, y| u64::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, y))
-);
+lanes! {
+    Avx512, __m512, 16, |v| _mm512_set1_ps(v), |from| _mm512_loadu_ps(from), |v, to| _mm512_storeu_ps(to, v),
+    |a, b, c| _mm512_fmadd_ps(a, b, c), |x, y| u64::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, y))
+}
 #[cfg(target_arch = "x86_64")]
-lanes!(
-    Avx2,
-    __m256,
-    8,
-    _mm256_set1_ps,
-    _mm256_loadu_ps,
-    _mm256_storeu_ps,
-    |a, b, c| _mm256_fmadd_ps(a, b, c),
-    |x, y| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x, y)) as u64
-);
+lanes! {
+    Avx2, __m256, 8, |v| _mm256_set1_ps(v), |from| _mm256_loadu_ps(from), |v, to| _mm256_storeu_ps(to, v),
+    |a, b, c| _mm256_fmadd_ps(a, b, c), |x, y| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x, y)) as u64
+}
 
 #[cfg(target_arch = "aarch64")]
 use std::arch::aarch64::*;
 #[cfg(target_arch = "aarch64")]
-lanes!(Neon, float32x4_t, 4, vdupq_n_f32, vld1q_f32, vst1q_f32, |a, b, c| vfmaq_f32(c, a, b), |x, y| u64::from(
-    vaddvq_u32(vandq_u32(vcgeq_f32(x, y), vld1q_u32([1, 2, 4, 8].as_ptr())))
-));
+lanes! {
+    Neon, float32x4_t, 4, |v| vdupq_n_f32(v), |from| vld1q_f32(from), |v, to| vst1q_f32(to, v),
+    |a, b, c| vfmaq_f32(c, a, b),
+    |x, y| u64::from(vaddvq_u32(vandq_u32(vcgeq_f32(x, y), vld1q_u32([1, 2, 4, 8].as_ptr()))))
+}
 
 /// Arguments of a tile: numbers per vector, queries, panel, thresholds, scores, hits.
 type Tile = unsafe fn(usize, *const f32, *const f32, &[f32], &mut [f32], &mut [u64]) -> bool;
