@@ -74,6 +74,23 @@ def rank(user_emb=EMB, item_emb=ITEMS, indptr=INDPTR, indices=INDICES, k=2, **mo
         (lambda: _core.match_items(EMB, ITEMS, USERS, INDPTR, INDICES, 2, np.nan), ValueError, "min_similarity is NaN"),
         (lambda: _core.match_items(EMB.astype(float), ITEMS, USERS, INDPTR, INDICES, 2), TypeError, "float16"),
         (lambda: _core.match_titles(["a"], ["b"], USERS, INDPTR, INDICES, 2, 0.5), ValueError, "users has 2 entries"),
+        (
+            lambda: _core.match_items(EMB, ITEMS[:, :3].copy(), USERS, INDPTR, INDICES, 2),
+            ValueError,
+            "has 3 .*expected 4",
+        ),
+        (lambda: _core.topk_scores(np.ones((3, 5), F32), INDPTR, INDICES, 2), ValueError, "indptr has 3 .*expected 4"),
+        (lambda: _core.ranks_in_lists(np.ones((3, 2), I32), INDPTR, INDICES), ValueError, "test_indptr has 3 .*ted 4"),
+        (
+            lambda: _core.test_ranks(EMB, ITEMS, INDPTR, INDICES, np.zeros(2, I64), INDICES[:0], 2),
+            ValueError,
+            "test_indptr has 2 entries, expected 3",
+        ),
+        (
+            lambda: _core.filter_candidates(INDPTR, INDICES, USERS, np.zeros((3, 2), I32)),
+            ValueError,
+            "users has 2 entries, expected 3",
+        ),
         (lambda: _core.match_items(EMB, ITEMS, USERS + I32(1), INDPTR, INDICES, 2), IndexError, r"users\[1\] is 2"),
         (lambda: _core.match_titles(["a"] * 2, ["b"] * 5, USERS + I32(1), INDPTR, INDICES, 2, 0), IndexError, "users"),
         (
