@@ -60,11 +60,9 @@ pub fn below(word: u64, bound: u32) -> Option<u32> {
 /// halves. Inlined into the kernels of [`crate::simd`], whose vectors the compiler uses.
 #[inline(always)]
 pub fn first_tries(seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
-    let surplus = bound.wrapping_neg() % bound;
     let number = |row: usize, draw: usize| {
         let word = Stream::new(seed, first_row + row as u64).word(draw as u64, 0);
-        let product = (word >> 32) * bound as u64;
-        (if product as u32 >= surplus { (product >> 32) as i32 } else { -1 }, word as u32)
+        (below(word, bound).map_or(-1, |number| number as i32), word as u32)
     };
     if n == 1 {
         // One long loop, for vectors are made of nothing shorter than themselves.
