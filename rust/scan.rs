@@ -205,7 +205,7 @@ fn scan_group<S: State>(
     let (mut start, mut length) = (0, if panels.first == 0 { 4 } else { most });
     let mut tiles = Vec::new();
     while start < n_panels && !active.is_empty() {
-        if tiles.len() != active.len().div_ceil(kernel.rows) {
+        if tiles.is_empty() {
             tiles = active.chunks(kernel.rows).map(|rows| pack_queries(kernel, dim, rows)).collect();
         }
         let end = n_panels.min(start + length.min(most));

@@ -103,16 +103,13 @@ lanes! {
 /// Arguments of a tile: numbers per vector, queries, panel, thresholds, scores, hits.
 type Tile = unsafe fn(usize, *const f32, *const f32, &[f32], &mut [f32], &mut [u64]) -> bool;
 
-/// Arguments as of [`Batch::draw_rows`].
-type Draw = unsafe fn(&Batch, usize, &mut [i32], &mut Scratch) -> Result<()>;
-
 /// One way of computing a tile of `rows` queries by `cols` items, and of making random numbers.
 pub struct Kernel {
     pub name: &'static str,
     pub rows: usize,
     pub cols: usize,
     tile: Tile,
-    draw: Draw,
+    draw: unsafe fn(&Batch, usize, &mut [i32], &mut Scratch) -> Result<()>,
     dots: unsafe fn(&[f32], [&[f32]; DOTS]) -> [f32; DOTS],
     available: fn() -> bool,
 }
