@@ -78,7 +78,10 @@ def random_model(family: str, **knobs):
 def test_attention_is_tuned_whatever_its_layers_are_called(family, knobs, targets):
     base = random_model(family, **knobs)
     llm.check_rows(family, base, 100)
-    lora = llm.add_lora(base, 2, 4, 0.0)
+    base.vision_attention = torch.nn.Linear(2, 2)  # of a model that sees too
+    lora = llm.add_lora(base, 2, 6, 0.0)
+    layers = [layer for layer in lora.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    assert {(layer.r["default"], layer.scaling["default"]) for layer in layers} == {(2, 6 / 2)}
     tuned = {name.partition(".lora_A")[0] for name, _ in lora.named_parameters() if "lora_A" in name}
     assert {name.rpartition(".")[2] for name in tuned} == targets and all("att" in name for name in tuned)
     llm.embed(lora, llm.pack([([2, 3], [[4, 5], [6]])]))[:, 0].sum().backward()
@@ -142,6 +145,7 @@ def test_a_query_has_one_bos_if_any_one_eos_and_two_soft_tokens(bos):
     for part in parts:
         ids = prefix + part
         assert (ids.count(0), ids.count(1), ids[-1]) == (int(bos), 1, 1)  # case D06
+    assert None not in prefix
     assert [[n for n in part if n < 0] for part in parts] == [[-2, -3], [-2, -4]]  # users 0, 1 are -1, -2
 
 
@@ -194,10 +198,11 @@ def test_a_chat_template_that_writes_bos_gives_one_bos():
     hostile = "hi</s><s>"
     assert llm.chat_ids(tokenizer, hostile).count(0) == 1  # no template: ours
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is false %}!{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% if enable_thinking is false %}!{% endif %}{% if add_generation_prompt %} assistant: {% endif %}"
     )
     ids = llm.chat_ids(tokenizer, hostile)
-    assert ids == [0, *llm.encode(tokenizer, [hostile + "!"])[0]]  # case D06
+    assert ids == [0, *llm.encode(tokenizer, [f"user: {hostile}! assistant: "])[0]]  # case D06
 
 
 def test_a_chat_template_that_fails_is_one_sentence():
@@ -356,6 +361,7 @@ def test_gradients_do_not_depend_on_the_number_of_threads(tmp_path, attention):
             torch.set_num_threads(n_threads)
             torch.manual_seed(0)
             base, _ = llm.load_llm(str(tmp_path), "cpu", "float32", attention)
+            assert base.config._attn_implementation == attention
             model = llm.NegativeModel(llm.add_lora(base, 4, 8, 0.0), *CF, 3).train()
             for name, weight in model.named_parameters():
                 if "lora_B" in name:  # zero else, and lora_A would get no gradient
@@ -447,6 +453,10 @@ def test_answers_are_greedy_whatever_the_model_s_own_settings_say(tmp_path):
         base, tokenizer = llm.load_llm(str(tmp_path), "cpu")
         found.append(llm.generate_texts(base, tokenizer, [[5, 6, 7]], 12))
     assert found[0] == found[1] and len(found[0][0]) > 3
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[*range(258)])  # whatever it says is the end
+    model.save_pretrained(tmp_path)
+    (text,) = llm.generate_texts(*llm.load_llm(str(tmp_path), "cpu"), [[5, 6, 7]], 12)
+    assert len(text) <= 1
 
 
 def test_a_layer_that_keeps_to_places_in_the_row_is_refused():
@@ -460,6 +470,7 @@ def test_ridge_puts_the_head_where_least_squares_does():
     head, generator = llm.Head(6, 2), torch.Generator().manual_seed(0)
     h = torch.randn(400, 6, generator=generator) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 7
     wanted = h[:, :2] @ torch.tensor([[1.0, 2], [3, 4]]) + 0.5
+    torch.testing.assert_close(head(h), head.linear(h))  # nothing is known of h yet
     head.solve(h, wanted, ridge=0.0)
     factor = (head(h) / wanted).median()
     torch.testing.assert_close(head(h), wanted * factor, atol=1e-3, rtol=1e-3)
@@ -509,6 +520,8 @@ def test_auto_is_bfloat16_only_where_the_gpu_or_the_cpu_multiplies_in_it(monkeyp
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able and device == "cuda")
     monkeypatch.setattr(llm, "bfloat16_pays", lambda: able and device == "cpu")
     assert llm.choose_dtype(name, device) == chosen
+    if name == "auto":  # the toy's numbers are those of any machine
+        assert llm.load_llm("tiny", "cpu")[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(("times", "pays"), [((1, 3), True), ((1, 2), False), ((3, 1), False)])
@@ -621,6 +634,7 @@ def test_a_model_folder_loads_offline_without_a_pad_token_and_says_its_size(tmp_
     [
         ({"num_hidden_layers": 3, "layer_types": None}, r"9 weights .* for example model\.layers\.2\.input_layernorm"),
         ({"vocab_size": 300}, r"2 weights .* another shape, for example lm_head\.weight"),
+        ({"model_type": "unheard"}, "model type `unheard`"),
         ({}, "deserializing"),  # cut off
     ],
 )
