@@ -265,7 +265,7 @@ class Dropout(nn.Dropout):
             return input
         stream = torch.Generator(input.device).manual_seed(hash((self.of_thread.seed, self.number)))
         kept = torch.rand(input.shape, generator=stream, device=input.device).ge_(self.p).div_(1 - self.p)
-        return input * kept.to(input.dtype)
+        return input * kept
 
 
 def _with_own_dropout(lora: Any) -> Any:
