@@ -295,7 +295,7 @@ def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
     saved = set(load_file(folder / "adapter_model.safetensors"))
     if differ := saved ^ set(peft.get_peft_model_state_dict(model, save_embedding_layers=False)):
         raise UserError(f"{other}: {len(differ)} of its weights are missing or unknown, for example {min(differ)}")
-    return model.eval()
+    return model
 
 
 # ---- from prompts to token ids ----------------------------------------------------------------------------------
