@@ -603,7 +603,6 @@ def gradients(
 
     made = each(lambda number: read(pieces[number]))
     vectors, *others = (torch.cat(parts) for parts in zip(*made, strict=True))
-    vectors = vectors.detach().requires_grad_()
     with one_thread():  # a mean over many numbers has other last digits when threads share it
         figures = loss(vectors, *others)
         (slope,) = torch.autograd.grad(figures["objective"], vectors)
