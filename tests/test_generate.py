@@ -90,6 +90,9 @@ def test_sampled_negatives_are_told_beside_the_generated_ones(made):
     assert list(table) == ["uniform", "dns (M = 4)", "nearest item", "nearest 20 items"]
     uniform, dns, *_ = (figures["warm_up_percentile"] for figures in table.values())
     assert (uniform, dns) == (pytest.approx(1 / 2, abs=0.03), pytest.approx(4 / 5, abs=0.03))
+    matches = load_npy(made / "generate" / "matches.npy")
+    used = [len(np.unique(some)) / 80 for some in (matches[:, 0], matches)]
+    assert [figures["coverage"] for figures in list(table.values())[2:]] == pytest.approx(used, abs=1e-5)
 
 
 def test_zero_shot_vectors_are_means_of_the_untuned_model_s_states_and_match_the_nearest_texts(toy_run, tmp_path):
@@ -158,8 +161,12 @@ def test_matches_lie_within_the_band_and_never_among_skipped_warm_up_ranks(toy_r
 
 def test_skipping_all_ranks_is_refused_before_the_model_is_loaded(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(llm, "load_llm", None)
-    with pytest.raises(UserError, match="skip_ranks 250 leaves nobody an item to match of 80"):
-        generate(with_inputs(toy_run, tmp_path), "--skip-ranks", 250)
+    run = with_inputs(toy_run, tmp_path)
+    most = 80 - min(map(len, map(Run(run).prep().train.row, range(60))))  # items that a user has not taken
+    with pytest.raises(UserError, match=f"skip_ranks {most} leaves nobody an item to match of 80"):
+        generate(run, "--skip-ranks", most)
+    with pytest.raises(TypeError):  # it leaves somebody one, and the model is loaded
+        generate(run, "--skip-ranks", most - 1)
 
 
 def test_negatives_of_a_model_tuned_on_text_vectors_are_matched(toy_run, tmp_path):
