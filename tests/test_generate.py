@@ -290,6 +290,7 @@ def test_a_local_model_goes_on_with_the_batches_it_was_stopped_in(monkeypatch, t
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(profiles, "ask_local", stopped)
         ask(again, questions, ask_batch_size=4)
+    assert all("of 5" in reply.text for reply in ask(again, questions, ask_batch_size=5))  # no answer of another batch
     ask(again, questions, ask_batch_size=4)
     assert whole.read_bytes() == again.read_bytes()
 
@@ -313,7 +314,7 @@ class Server(BaseHTTPRequestHandler):
         length = 0
         if isinstance(status, str):
             body, status, length = status, 200, 99
-        Server.key_sent = self.headers["Authorization"]
+        Server.key_sent, Server.kind = self.headers["Authorization"], self.headers["Content-Type"]
         self.send_response(status)
         self.send_header("Content-Length", str(max(len(body), length)))
         self.send_header("Location", "/elsewhere")
@@ -358,7 +359,7 @@ def test_a_server_is_asked_again_after_a_busy_answer_and_given_up_in_the_end(ser
     assert {(limit, path) for _, limit, path in Server.seen} == {(9, "/v1/chat/completions")}
     assert Server.body.pop("messages")[0]["role"] == "user"
     assert Server.body == {"model": "default", "max_tokens": 9, "temperature": 0, "seed": 0}
-    assert Server.key_sent is None  # there is no key
+    assert Server.key_sent is None and Server.kind == "application/json"  # there is no key
 
 
 def test_each_wait_for_a_server_is_twice_the_last_and_ends_when_the_job_does(server, monkeypatch):
@@ -450,7 +451,7 @@ def test_answers_outlive_a_change_of_other_knobs(server, toy_run, tmp_path):
 
 
 def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server, tmp_path):
-    bodies = ['{"choices": null}'.ljust(99), "[]".ljust(99)]
+    bodies = ['{"choices": null}'.ljust(99), '{"choices": []}'.ljust(99)]
     silent, listed = (f'{{"choices": [{{"message": {{"content": {text}}}}}]}}'.ljust(99) for text in ("null", '["x"]'))
     Server.plan = {"a": [*bodies, "cut", 200], "b": ["cut"], "silent": [silent], "listed": [listed]}
     replies = ask(tmp_path / "t.jsonl", ["a", "b", "silent", "listed", "\ud83d"], server, n_retries=3)
@@ -504,7 +505,13 @@ def test_a_title_of_the_catalogue_matches_its_item_however_few_the_answers(
     monkeypatch.setattr(Server, "key", "another")  # no answer to the other questions
     words = ("--mode", "text", "--endpoint", server, "--pairs-per-user", 1)
     generate(run, *words)
-    assert load_npy(run / "generate" / "matches.npy")[:, 0].tolist() == wanted
+    matches, h, scores = (load_npy(run / "generate" / f"{n}.npy") for n in ("matches", "embeddings", "match_scores"))
+    assert matches[:, 0].tolist() == wanted
+    of_titles = llm.text_vectors(*llm.load_llm("tiny", "cpu"), [item["title"] for item in prep.items])[wanted]
+    of_items = load_npy(run / "sft" / "item_text.npy")[wanted]
+    np.testing.assert_allclose(h, of_titles, atol=2e-3)
+    lengths = np.linalg.norm(of_titles, axis=1) * np.linalg.norm(of_items, axis=1)
+    np.testing.assert_allclose(scores[:, 0], (of_titles * of_items).sum(1) / lengths, atol=1e-3)
     generate(run, *words, "--match", "title", "--min-similarity", 1)  # no other title is quite the same
     matches = load_npy(run / "generate" / "matches.npy")
     assert matches[:, 0].tolist() == wanted and (matches[:, 1:] == -1).all()
