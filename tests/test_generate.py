@@ -302,6 +302,7 @@ class Server(BaseHTTPRequestHandler):
     seen: list = []  # noqa: RUF012
     key = prompts.NEGATIVE_KEY
     retry_after = ""
+    late = 0.0  # seconds before it answers
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -321,6 +322,7 @@ class Server(BaseHTTPRequestHandler):
         if Server.retry_after:
             self.send_header("Retry-After", Server.retry_after)
         self.end_headers()
+        time.sleep(Server.late)
         self.wfile.write(body.encode())
 
     def log_message(self, *_):
@@ -461,7 +463,7 @@ def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server
     assert sorted(text for text, *_ in Server.seen).count("a") == 4
 
 
-def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
+def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path, monkeypatch):
     Server.plan = {"a": [500]}
     part = part_of(tmp_path / "t.jsonl", ["a"] * 99, server)
     part.write_text(KEPT, encoding="utf-8")
@@ -469,6 +471,9 @@ def test_a_server_that_never_answers_is_given_up_soon(server, tmp_path):
         ask(tmp_path / "t.jsonl", ["a"] * 99, server, concurrency=2, n_retries=0)
     assert len(Server.seen) < 98  # 2 * concurrency, and what was on its way
     assert part.read_text(encoding="utf-8") == KEPT
+    monkeypatch.setattr(Server, "late", 0.5)
+    with pytest.raises(UserError, match="TimeoutError: timed out"):
+        ask(tmp_path / "t.jsonl", ["b"], server, timeout_s=0.1, n_retries=0)
 
 
 def test_a_model_changed_since_tuning_is_refused(toy_run, tmp_path):
