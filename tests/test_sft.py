@@ -13,6 +13,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -317,15 +318,23 @@ def test_targets_are_centred_and_a_user_s_text_vector_is_the_mean_of_the_items_t
 
 
 def test_every_epoch_takes_all_users_in_an_order_of_its_own(toy_run, tmp_path, monkeypatch):
-    users, gradients = [], llm.gradients
+    """And every step the mean of its micro-batches' gradients."""
+    users, found, gradients = [], [], llm.gradients
 
     def told(model, read, some, *rest):
+        assert model.llm.training
         users.extend(some)
-        return gradients(model, read, some, *rest)
+        found.append(gradients(model, read, some, *rest))
+        return found[-1]
+
+    def clip(weights, _):
+        for p, one, two in zip(weights, found[-2][1], found[-1][1], strict=True):
+            torch.testing.assert_close(p.grad, (one + two) / 2)
 
     monkeypatch.setattr(llm, "gradients", told)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     run = with_prep(toy_run, tmp_path)
-    run_stage("sft", run, "--n-epochs", 2, "--patience", 99)
+    run_stage("sft", run, "--n-epochs", 2, "--patience", 99, "--grad-accum", 2)
     first, second = users[: len(users) // 2], users[len(users) // 2 :]
     tuned_on = {t["user"] for t in load_jsonl(run / "sft" / "triplets.jsonl") if not t["held_out"]}
     assert sorted(first) == sorted(second) == sorted(tuned_on) and first != second
@@ -429,12 +438,16 @@ def test_transfer_keeps_the_tuned_weights_and_solves_a_head_of_its_own(toy_run, 
     assert cli("generate", *other).returncode == 0
 
 
-def test_an_adapter_of_another_folder_can_be_tuned_further(toy_run, tmp_path):
+def test_an_adapter_of_another_folder_can_be_tuned_further(toy_run, tmp_path, monkeypatch):
+    asked, recompute = [], transformers.PreTrainedModel.gradient_checkpointing_enable
+    told = lambda model, how: asked.append(how) or recompute(model, how)  # noqa: E731
+    monkeypatch.setattr(transformers.PreTrainedModel, "gradient_checkpointing_enable", told)
     run = with_prep(toy_run, tmp_path)
     run_stage("sft", run, "--init-from", toy_run / "sft", "--n-users", 8, "--eval-every", 1, "--checkpointing")
     assert load_json(run / "sft" / "manifest.json")["counts"]["kept"]["step"] > 0
     before, after = (load_file(f / "sft" / "adapter" / "adapter_model.safetensors") for f in (toy_run, run))
     assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert asked == [{"use_reentrant": False}]  # case D10
 
 
 def test_an_adapter_of_another_shape_is_refused(toy_run, tmp_path):
