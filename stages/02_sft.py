@@ -254,7 +254,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
             group["lr"] = lr * rate
         torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimiser.step()
-        optimiser.zero_grad()
         state["step"] = step + 1
         if state["step"] % cfg.eval_every == 0 or state["step"] == n_steps:
             loss_sum, n = accelerate.utils.reduce(seen, "sum").tolist()
