@@ -203,7 +203,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
             figures["rank_of_positive"] = (cosine[:, None] > to_p[:, :, None]).float().mean()
             totals.update({f"held_out_{name}": len(u) * float(figure) for name, figure in figures.items()})
             n += len(u)
-        model.train()
         found = {name: round(total / n, 6) for name, total in totals.items()}
         if not np.isfinite(list(found.values())).all():  # case E11
             cure = f"lr {cfg.lr} may be too large" if state["step"] else "raise n_users, pairs_per_user or probe_users"
@@ -224,7 +223,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state["log"].append({"step": 0, "head": "random", **look()})
         # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
         # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
-        model.eval()
         probed = llm.in_parallel(read, llm.cut(users[: cfg.probe_users], cfg.batch_size), device)
         h, _, _, i, j = (torch.cat(x) for x in zip(*probed, strict=True))
         unit = torch.nn.functional.normalize(targets, dim=1)
@@ -233,11 +231,11 @@ def main(cfg: SftConfig, run: Run) -> dict:
         state["log"].append({"step": 0, "head": "solved", **look()})
         say("\n".join(f"[sft] {line}" for line in state["log"]))
         best = {name: t.clone() for name, t in learnt.items()}
-    model.train()
     started = state["step"]
     for step in progress(range(started, n_steps), initial=started, total=n_steps, desc="tuning", unit="step"):
         if len(state["log"]) - 1 - state["best"] >= cfg.patience:
             break
+        model.train()
         epoch, place = divmod(step, n_per_epoch)
         batches = llm.cut(np.random.default_rng([run.seed, epoch]).permutation(users).tolist(), cfg.batch_size)
         total = [torch.zeros_like(p) for p in trainable.values()]
