@@ -76,7 +76,8 @@ def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made
     matches, scores = load_npy(folder / "matches.npy"), load_npy(folder / "match_scores.npy")
     pairs = load_npy(folder / "pairs.npy")
     n_taken = sum(item in pairs[pairs[:, 0] == u, 1] for u, item in zip(pairs[:, 0], cosine.argmax(1), strict=True))
-    assert load_json(folder / "manifest.json")["counts"]["pairs whose nearest item was taken"] == n_taken > 0  # B15
+    counts = load_json(folder / "manifest.json")["counts"]
+    assert counts["pairs whose nearest item was taken"] == n_taken > 0 == counts["users who took every item"]  # B15
     for u in np.unique(pairs[:, 0]):
         mine = pairs[:, 0] == u
         cosine[np.ix_(mine, pairs[mine, 1])] = -np.inf
@@ -165,6 +166,8 @@ def test_skipping_all_ranks_is_refused_before_the_model_is_loaded(toy_run, tmp_p
     most = 80 - min(map(len, map(Run(run).prep().train.row, range(60))))  # items that a user has not taken
     with pytest.raises(UserError, match=f"skip_ranks {most} leaves nobody an item to match of 80"):
         generate(run, "--skip-ranks", most)
+    with pytest.raises(UserError, match=r"min_similarity 0\.5 is above max_similarity 0\.4"):
+        generate(run, "--min-similarity", 0.5, "--max-similarity", 0.4)
     with pytest.raises(TypeError):  # it leaves somebody one, and the model is loaded
         generate(run, "--skip-ranks", most - 1)
 
@@ -515,6 +518,7 @@ def test_a_title_of_the_catalogue_matches_its_item_however_few_the_answers(
     of_titles = llm.text_vectors(*llm.load_llm("tiny", "cpu"), [item["title"] for item in prep.items])[wanted]
     of_items = load_npy(run / "sft" / "item_text.npy")[wanted]
     np.testing.assert_allclose(h, of_titles, atol=2e-3)
+    assert h.dtype == np.float16
     lengths = np.linalg.norm(of_titles, axis=1) * np.linalg.norm(of_items, axis=1)
     np.testing.assert_allclose(scores[:, 0], (of_titles * of_items).sum(1) / lengths, atol=1e-3)
     generate(run, *words, "--match", "title", "--min-similarity", 1)  # no other title is quite the same
