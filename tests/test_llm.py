@@ -255,6 +255,8 @@ def test_a_model_in_bfloat16_passes_by_the_tolerance_of_its_own_rounding():
     base, _ = llm.load_llm("tiny", "cpu", "bfloat16")
     assert base.dtype == torch.bfloat16
     llm.check_rows("tiny", base, 100)
+    h = llm.embed(base, llm.pack([([2, -1], [[3]])]), torch.ones(1, 32))  # a soft token in float32
+    assert h.dtype == torch.float32
 
 
 def test_soft_tokens_put_each_users_and_items_own_vector_in():
