@@ -95,6 +95,7 @@ def test_attention_is_tuned_whatever_its_layers_are_called(family, knobs, target
         ("lfm2", {"layer_types": ["conv", "full_attention"], "initializer_range": 0.3, "num_key_value_heads": 4}, ""),
         ("mpt", {"initializer_range": 0.3}, "off"),  # takes positions from the place in the row
         ("bloom", {}, "bloom models cannot be used here .*Llama"),  # knows no mask of who sees whom
+        ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, "xlm models cannot be used here .*Llama"),
         ("gemma4_text", {"num_key_value_heads": 4, "head_dim": 8}, "input_ids"),  # takes no vector that is no word's
         ("mistral", {"sliding_window": 99, "num_key_value_heads": 4}, "sliding_window is 99, .* of 100 tokens"),
         ("gpt2", {"n_positions": 99}, "max_position_embeddings is 99, .* of 100 tokens"),
