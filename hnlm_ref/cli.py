@@ -7,6 +7,7 @@ command first, so what a reader sees is what a reader can type.
 import dataclasses
 import runpy
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def main() -> None:
 
     prep -> sft -> generate -> train -> eval; `all` runs them in order.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started ends, too
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a title may hold what the terminal cannot show
 

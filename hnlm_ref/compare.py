@@ -11,7 +11,6 @@ and its results, RUN/compare.md the table.
 
 import itertools
 import os
-import signal
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -44,8 +43,8 @@ def settings(grid: dict[str, Any]) -> list[str]:
 def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
     """Run stage commands, `n_jobs` at a time; the first that fails ends it all once those running are through.
 
-    Told to end (Ctrl-C, SIGTERM) it ends them. Choice: memory is not estimated beforehand; `n_jobs` is the user's, and
-    what is finished is kept.
+    Told to end, it ends them. Choice: memory is not estimated beforehand; `n_jobs` is the user's, and what is finished
+    is kept.
     """
     running: list[subprocess.Popen] = []
 
@@ -53,7 +52,6 @@ def run_stages(commands: Iterable[list[str]], n_jobs: int) -> None:
         running.append(process := subprocess.Popen(command))
         return process.wait()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(n_jobs) as pool:
         try:
             for future in as_completed([pool.submit(call, command) for command in commands]):
