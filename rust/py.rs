@@ -4,7 +4,7 @@
 #![allow(clippy::too_many_arguments)] // a Python function names what it takes
 
 use half::f16;
-use numpy::ndarray::{Dimension, Ix1, Ix2};
+use numpy::ndarray::{Array, Dimension, Ix1, Ix2, Ix3};
 use numpy::{
     Element, IntoPyArray, PyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray, PyUntypedArray,
     PyUntypedArrayMethods,
@@ -166,13 +166,19 @@ fn lists<'py>(
         threads::run(n_threads, || fill((&mut items, &mut scores)))?;
         Ok::<_, Error>((items, scores))
     })?;
-    Ok((items.into_pyarray(py).reshape([rows, k])?, scores.into_pyarray(py).reshape([rows, k])?))
+    Ok((shaped(py, items, Ix2(rows, k))?, shaped(py, scores, Ix2(rows, k))?))
 }
 
 /// `rows * k`, if so many numbers of four bytes can be had now: the allocation itself would end the process.
+/// NumPy wants room for one row even where there is none.
 fn checked_size(rows: usize, k: usize) -> Result<usize> {
     let can_be_had = |size: &usize| Vec::<i32>::new().try_reserve_exact(*size).is_ok();
-    rows.checked_mul(k).filter(can_be_had).ok_or(Error::Memory { rows, columns: k })
+    rows.max(1).checked_mul(k).filter(can_be_had).map(|_| rows * k).ok_or(Error::Memory { rows, columns: k })
+}
+
+fn shaped<T: Element, D: Dimension>(py: Python<'_>, values: Vec<T>, shape: D) -> PyResult<Bound<'_, PyArray<T, D>>> {
+    let array = Array::from_shape_vec(shape, values).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    Ok(array.into_pyarray(py))
 }
 
 /// Draw negatives uniformly, with replacement, from the items a user does not own.
@@ -241,7 +247,7 @@ fn draw<'py, 'a>(
     let Some(out) = out else {
         let mut fresh = vec![0; checked_size(rows, n)?];
         fill(&mut fresh)?;
-        return fresh.into_pyarray(py).reshape([rows, n]);
+        return shaped(py, fresh, Ix2(rows, n));
     };
     let expected = "expected a writable C-contiguous 2-dimensional int32 array that no other argument shares";
     let wrong = || refused("out", &format!("{expected}, found {}", describe(&out)));
@@ -277,7 +283,7 @@ fn filter_candidates<'py>(
     expect("users", users.len(), shape[0])?;
     let (mut out, mut kept) = (vec![-1; candidates.len()], vec![0; users.len()]);
     py.detach(|| candidates::filter_candidates(csr, users, candidates, &mut out, &mut kept))?;
-    Ok((out.into_pyarray(py).reshape([shape[0], shape[1]])?, kept.into_pyarray(py)))
+    Ok((shaped(py, out, Ix2(shape[0], shape[1]))?, kept.into_pyarray(py)))
 }
 
 /// Find the catalogue items nearest to each generated vector, by cosine, without the user's own items.
@@ -464,10 +470,10 @@ fn user_metrics<'py>(
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let ranks = csr((HELD_OUT.0, "ranks"), &test_indptr, &ranks, i32::MAX as usize)?;
     let ks = ks.slice("ks")?;
-    let shape = [metrics::N_METRICS, ks.len(), ranks.n_rows()];
-    let mut out = vec![0.0; shape.iter().product()];
+    let shape = Ix3(metrics::N_METRICS, ks.len(), ranks.n_rows());
+    let mut out = vec![0.0; shape.size()];
     py.detach(|| metrics::user_metrics(ranks, ks, &mut out))?;
-    out.into_pyarray(py).reshape(shape)
+    shaped(py, out, shape)
 }
 
 /// Names of the kernels this processor can run, widest first: "avx512", "avx2", "neon", "plain".
