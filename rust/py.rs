@@ -170,10 +170,11 @@ fn lists<'py>(
 }
 
 /// `rows * k`, if so many numbers of four bytes can be had now: the allocation itself would end the process.
-/// NumPy wants room for one row even where there is none.
+/// NumPy has no array whose row is longer than an address space, even if it has no rows.
 fn checked_size(rows: usize, k: usize) -> Result<usize> {
-    let can_be_had = |size: &usize| Vec::<i32>::new().try_reserve_exact(*size).is_ok();
-    rows.max(1).checked_mul(k).filter(can_be_had).map(|_| rows * k).ok_or(Error::Memory { rows, columns: k })
+    let fits = rows.max(1).checked_mul(k).is_some_and(|size| size <= isize::MAX as usize / size_of::<i32>());
+    let can_be_had = fits && Vec::<i32>::new().try_reserve_exact(rows * k).is_ok();
+    can_be_had.then(|| rows * k).ok_or(Error::Memory { rows, columns: k })
 }
 
 fn shaped<T: Element, D: Dimension>(py: Python<'_>, values: Vec<T>, shape: D) -> PyResult<Bound<'_, PyArray<T, D>>> {
