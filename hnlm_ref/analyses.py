@@ -22,7 +22,7 @@ def equal_groups(counts: np.ndarray, n_groups: int) -> np.ndarray:
     order = np.argsort(counts, kind="stable")
     middle = np.cumsum(counts[order]) - counts[order] / 2
     groups = np.empty(len(counts), np.int64)
-    groups[order] = middle * n_groups / counts.sum()
+    groups[order] = middle * n_groups / max(counts.sum(), 1)
     return groups
 
 
@@ -49,7 +49,7 @@ def describe_lists(items: np.ndarray, popularity: np.ndarray) -> dict[str, float
     return {
         "coverage": float((used > 0).mean()),
         "gini": metrics.gini(used),
-        "head_share": float(used[head].sum() / used.sum()),
+        "head_share": float(used[head].sum() / max(used.sum(), 1)),
     }
 
 

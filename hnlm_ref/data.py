@@ -183,9 +183,9 @@ def published_readings(pairs: Log, k: int, split_of: Callable[[Log], np.ndarray]
 
 
 def oldest_first(log: Log) -> np.ndarray:
-    """Order of a log sorted by (user, item) by user, then time; equal times, or none, stay by item (A17). int32 [n]."""
-    time = () if log.time is None else (log.time,)
-    return np.lexsort((*time, log.user)).astype(np.int32)
+    """Order of rows by user, then time; equal times, or none at all, go by item number (case A17). int32 [n]."""
+    time = np.zeros(len(log)) if log.time is None else log.time
+    return np.lexsort((log.item, time, log.user)).astype(np.int32)
 
 
 def n_ties(log: Log) -> int:

@@ -183,6 +183,7 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         raise UserError(f"--model {name}: its tokenizer names no eos_token; write one into tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
     ends = model.generation_config.eos_token_id  # all that is kept: answers are greedy, whatever else it asks for
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
     return _placed(model, device), tokenizer

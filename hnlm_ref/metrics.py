@@ -52,7 +52,8 @@ def from_ranks(ranks: np.ndarray, held_out: Csr, ks: tuple[int, ...]) -> dict[st
 
 def mean(per_user: np.ndarray) -> float:
     """Mean over the users that have something held out; summed in user order, so equal for any number of threads."""
-    return float(per_user[~np.isnan(per_user)].mean())
+    kept = per_user[~np.isnan(per_user)]
+    return float(kept.sum() / len(kept)) if len(kept) else float("nan")
 
 
 # ---- two runs over the same users -------------------------------------------------------------------------------
@@ -86,9 +87,9 @@ def sign_flip_p(a: np.ndarray, b: np.ndarray) -> float:
     a, b  float64 [U], the same users in the same order, NaN in both for the same users
     Exact (all 2^n sign patterns) up to 16 users that differ, sampled with the identity counted above that.
     All differences zero give 1.
-    Raises ValueError when the lengths or the users with NaN differ.
+    Raises ValueError when the lengths or the users with NaN differ, or no user is left.
     """
-    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
+    if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any() or np.isnan(a).all():
         raise ValueError(f"the two runs do not hold the same users: {a.shape} and {b.shape}")
     diff = (a - b)[~np.isnan(a)]
     diff = diff[diff != 0]
@@ -135,11 +136,11 @@ def share_interval(hits: np.ndarray, drawn: np.ndarray) -> tuple[float, float, f
 
 
 def gini(counts: np.ndarray) -> float:
-    """Gini coefficient of non-negative counts, some of them positive: 0 all equal, (n - 1) / n all on one.
+    """Gini coefficient of non-negative counts: 0 all equal (or all zero), (n - 1) / n all on one.
 
     >>> gini(np.array([0, 0, 0, 8])), gini(np.array([2, 2, 2, 2]))
     (0.75, 0.0)
     """
-    n = len(counts)
+    n, total = len(counts), counts.sum()
     place = 2 * np.arange(1, n + 1) - n - 1
-    return float((place * np.sort(counts)).sum() / (n * counts.sum()))
+    return float((place * np.sort(counts)).sum() / (n * max(total, 1)))

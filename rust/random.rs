@@ -99,6 +99,15 @@ mod tests {
     }
 
     #[test]
+    fn a_word_depends_on_seed_row_draw_and_attempt() {
+        let words: std::collections::HashSet<u64> = (0..2)
+            .flat_map(|seed| (0..20).map(move |row| Stream::new(seed, row)))
+            .flat_map(|stream| (0..20).flat_map(move |draw| (0..3).map(move |attempt| stream.word(draw, attempt))))
+            .collect();
+        assert_eq!(words.len(), 2 * 20 * 20 * 3);
+    }
+
+    #[test]
     fn every_number_below_the_bound_is_equally_likely() {
         // 2^32 = 1 (mod 3): exactly one word is sent back, the rest split in three equal parts.
         assert_eq!(below(0, 3), None);

@@ -436,4 +436,10 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn the_kernel_can_be_chosen_and_prefetching_knows_the_end() {
+        assert!(!choose("abacus") && available().any(|kernel| kernel.name == "plain"));
+        prefetch(&[1, 2, 3], 3);
+    }
 }

@@ -291,3 +291,26 @@ pub fn test_ranks(
     });
     scan(users, catalogue, excluded, size_of::<u64>() * Best::capacity(k), states)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::csr::{HELD_OUT, OWNED};
+    use crate::scan::Values;
+
+    #[test]
+    fn ranks_agree_with_lists() {
+        // One dimension, query 1: the score is the item's number in the catalogue.
+        let users = Vectors::new(Values::F32(&[1.0]), 1, 1);
+        let values: Vec<f32> = (0..200).map(|item| (item % 50) as f32).collect();
+        let catalogue = Vectors::new(Values::F32(&values), 1, 200);
+        let excluded = CsrView::new(OWNED, &[0, 1], &[49], 200).unwrap();
+        let (mut items, mut scores) = ([0; 5], [0.0; 5]);
+        topk(&users, &catalogue, excluded, 5, (&mut items, &mut scores)).unwrap();
+        assert_eq!(items, [99, 149, 199, 48, 98]);
+        let held_out = CsrView::new(HELD_OUT, &[0, 4], &[48, 49, 149, 198], 200).unwrap();
+        let mut ranks = [0; 4];
+        test_ranks(&users, &catalogue, excluded, held_out, 5, &mut ranks).unwrap();
+        assert_eq!(ranks, [4, 0, 2, 0]);
+    }
+}

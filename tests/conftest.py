@@ -52,17 +52,21 @@ def run_measured(program: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-def run_cli(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
-    """Run `hnlm-ref WORDS` as a user would and give back what it printed."""
-    command = [sys.executable, "-m", "hnlm_ref.cli", *map(str, words)]
+def run_python(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    """Run `python WORDS` with this tree's package and give back what it printed."""
     return subprocess.run(
-        command,
+        [sys.executable, *map(str, words)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
         encoding="utf-8",
     )
+
+
+def run_cli(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    """Run `hnlm-ref WORDS` as a user would and give back what it printed."""
+    return run_python("-m", "hnlm_ref.cli", *words, cwd=cwd, **env)
 
 
 @pytest.fixture(scope="session")

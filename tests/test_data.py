@@ -679,6 +679,8 @@ def test_the_page_on_own_data_does_what_it_says(tmp_path):
     assert done.counts["items without title"] == 0
     for name in readers.FORMATS:
         assert f"`{name}`" in page
+    for aliases in readers.ALIASES.values():
+        assert any(alias in re.sub(r"[_]", "", page.lower()) for alias in aliases)
     tables = page.partition("## The log")[2].partition("## What happens")[0]
     for role, names in re.findall(r"^\| `(\w+)`.*? \| (\w[^;|`]*)", tables, re.M):
         if role in readers.ALIASES and names != "as above":

@@ -21,6 +21,7 @@ def test_groups_hold_equal_shares_of_the_interactions():
     assert analyses.equal_groups(np.array([1, 1, 1, 1]), 2).tolist() == [0, 0, 1, 1]  # ties are cut by number
     assert analyses.equal_groups(np.ones(400, int), 2).tolist() == [0] * 200 + [1] * 200
     assert analyses.equal_groups(np.arange(400) % 2, 2).tolist() == [0] * 200 + [0, 1] * 100
+    assert analyses.equal_groups(np.array([0, 0]), 3).tolist() == [0, 0]
     assert analyses.equal_groups(np.array([0, 0, 7]), 5).tolist() == [0, 0, 2]  # the middle of all there is
     groups = analyses.describe_groups(analyses.equal_groups(counts, 2), counts, np.array([0, 3, 4]), 3)
     assert groups[0] == {"members": 4, "interactions": 6, "test_pairs": 2}

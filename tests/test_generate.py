@@ -456,9 +456,10 @@ def test_answers_outlive_a_change_of_other_knobs(server, toy_run, tmp_path):
 
 
 def test_a_broken_answer_is_a_failed_try_and_half_a_character_is_replaced(server, tmp_path):
-    bodies = ['{"choices": null}'.ljust(99), '{"choices": []}'.ljust(99)]
+    bodies = ['{"choices": null}'.ljust(99), "[]".ljust(99)]
+    empty = '{"choices": []}'.ljust(99)
     silent, listed = (f'{{"choices": [{{"message": {{"content": {text}}}}}]}}'.ljust(99) for text in ("null", '["x"]'))
-    Server.plan = {"a": [*bodies, "cut", 200], "b": ["cut"], "silent": [silent], "listed": [listed]}
+    Server.plan = {"a": [*bodies, "cut", 200], "b": [empty, "cut"], "silent": [silent], "listed": [listed]}
     replies = ask(tmp_path / "t.jsonl", ["a", "b", "silent", "listed", "\ud83d"], server, n_retries=3)
     found = [("ok", "a"), ("failed", None), ("bad", None), ("bad", None), ("ok", "\ufffd")]
     assert [(r.status, r.text) for r in replies] == found

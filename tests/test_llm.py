@@ -625,7 +625,7 @@ def test_a_model_folder_loads_offline_without_a_pad_token_and_says_its_size(tmp_
     model, tokenizer = llm.load_llm(str(tmp_path), "cpu")
     n = sum(p.numel() for p in model.parameters())
     assert f"{n / 1e6:,.0f} M parameters" in capsys.readouterr().err
-    assert tokenizer.pad_token_id == 1  # case D05
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 1  # case D05
     assert not any(p.requires_grad for p in model.parameters())
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors"):

@@ -325,4 +325,4 @@ def test_draws_of_one_user_that_agree_count_as_one():
 
 def test_gini_is_zero_for_equal_counts_and_near_one_for_a_single_item():
     assert metrics.gini(np.array([2, 2, 2, 2])) == 0 and metrics.gini(np.array([0, 0, 0, 8])) == 0.75
-    assert metrics.gini(np.array([1, 3])) == 0.25
+    assert metrics.gini(np.array([1, 3])) == 0.25 and metrics.gini(np.zeros(3)) == 0

@@ -7,9 +7,7 @@ refused as a GPU would refuse them. So the paths of a GPU are walked, to the num
 memory and its speed are not seen. For those there is `test_gpu.py`.
 """
 
-import os
 import shutil
-import subprocess
 import sys
 import threading
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import run_python
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -158,10 +157,8 @@ def test_a_stage_ends_with_the_numbers_of_the_cpu(toy_run, tmp_path, stage):
     folder = f"{name}/{words[-1]}/seed0" if words else name
     shutil.copytree(toy_run, run)
     shutil.rmtree(run / folder)
-    command = [sys.executable, __file__, name, "--preset", "toy", "--run-dir", str(run), "--device", "cuda", *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    words = name, "--preset", "toy", "--run-dir", run, "--device", "cuda", *words
+    done = run_python(__file__, *words, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert Run(run).manifest(folder)["device"] == "cuda"
     for (name, expected), found in zip(figures(toy_run / folder).items(), figures(run / folder).values(), strict=True):

@@ -18,6 +18,12 @@ from hnlm_ref.artifacts import STAGES, load_json
 from hnlm_ref.cli import load_stage, main, stage_file
 
 
+def start_all(run: Path, **how) -> subprocess.Popen:
+    """`hnlm-ref all` on the toy, at work."""
+    command = [sys.executable, "-m", "hnlm_ref.cli", "all", "--preset", "toy", "--run-dir", str(run)]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **how)
+
+
 def fingerprints(run: Path) -> dict[str, str]:
     manifests = sorted(path for path in run.rglob("manifest.json") if ".old" not in str(path))
     return {str(path.parent.relative_to(run)): load_json(path)["fingerprint"] for path in manifests}
@@ -173,31 +179,22 @@ def test_all_trains_every_method_with_every_seed_and_hands_on_what_was_typed(toy
 
 
 def test_killed_in_every_stage_the_result_is_that_of_an_undisturbed_run(cli, toy_run, tmp_path):
-    words = ["all", "--preset", "toy", "--run-dir", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "hnlm_ref.cli", *words]
     for stage in (".prep", ".sft", ".generate", "train/hnlm/.seed0", ".eval"):
         partial = tmp_path / "run" / f"{stage}.partial"
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        nothing = subprocess.DEVNULL
+        process = start_all(tmp_path / "run", stderr=nothing, stdout=nothing, start_new_session=True)
         while process.poll() is None and not partial.exists():
             time.sleep(0.01)
         time.sleep(0.5 if stage in (".sft", ".generate", "train/hnlm/.seed0") else 0)  # into its work
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert cli(*words).returncode == 0
+    assert cli("all", "--preset", "toy", "--run-dir", tmp_path / "run").returncode == 0
     assert fingerprints(tmp_path / "run") == fingerprints(toy_run)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".old", ".tmp"))]
 
 
 def test_told_to_end_all_ends_the_stage_that_runs(tmp_path):
-    command = [sys.executable, "-m", "hnlm_ref.cli", "all", "--preset", "toy", "--run-dir", str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = start_all(tmp_path / "run", stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while process.poll() is None and not (tmp_path / "run" / ".sft.partial").exists():
         time.sleep(0.01)
     process.terminate()

@@ -83,6 +83,7 @@ METHODS = [
     ("dns", ["--backbone", "mf", "--guard-threshold", "1"]),
     ("hnlm", ["--adapter-grad", "joint", "--adapter", "attention", "--warm-start"]),
     ("hnlm", ["--rank-loss", "hinge", "--n-negatives", "3", "--base-sampler", "dns", "--n-ramp-epochs", "2"]),
+    ("hnlm", ["--adapter-grad", "joint", "--adapter", "attention", "--guard-threshold", "1", "--warm-start"]),
     ("mixgcf", ["--backbone", "mf", "--n-negatives", "2", "--batch-size", "239"]),  # 240 pairs: a batch of one row
 ]
 
