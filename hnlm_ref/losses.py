@@ -58,9 +58,10 @@ def take(table: Tensor, rows: Tensor) -> Tensor:
 def scores_of(user_emb: Tensor, item_emb: Tensor, candidates: Tensor) -> Tensor:
     """s_uj of a row's candidates, [B, d], [I, d], int64 [B, n, M] -> [B, n, M]; it has no gradient.
 
-    On a CPU these places of the product alone, in a third of the time that copies of the candidates' vectors take.
+    On a CPU these places of the product alone, in a third of the time that copies of the candidates' vectors take;
+    torch refuses more places in a row than there are items.
     """
-    if item_emb.is_cuda:
+    if item_emb.is_cuda or candidates[0].numel() > len(item_emb):
         return torch.einsum("bd,bnmd->bnm", user_emb, take(item_emb, candidates))
     ends = torch.arange(0, candidates.numel() + 1, candidates[0].numel())
     size = len(user_emb), len(item_emb)

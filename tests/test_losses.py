@@ -53,17 +53,18 @@ def test_rows_are_taken_and_their_gradients_added_up_the_same_for_any_number_of_
     assert found[0] == found[1] == found[2]
 
 
-def test_the_scores_of_candidates_are_those_of_the_whole_product_for_any_number_of_threads():
+@pytest.mark.parametrize("n_candidates", [8, 60])  # a row has more candidates than there are items
+def test_the_scores_of_candidates_are_those_of_the_whole_product_for_any_number_of_threads(n_candidates):
     random, before, found = np.random.default_rng(0), torch.get_num_threads(), []
     users, items = (random.integers(-9, 10, (n, 64)).astype(np.float32) for n in (700, 90))  # sums of these are exact
-    candidates = random.integers(0, 90, (700, 2, 8))  # in no order, some of them twice
+    candidates = random.integers(0, 90, (700, 2, n_candidates))  # in no order, some of them twice
     try:
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
             found.append(losses.scores_of(*map(torch.from_numpy, (users, items, candidates))).numpy())
     finally:
         torch.set_num_threads(before)
-    expected = np.take_along_axis(users @ items.T, candidates.reshape(700, 16), axis=1).reshape(700, 2, 8)
+    expected = np.take_along_axis(users @ items.T, candidates.reshape(700, -1), axis=1).reshape(candidates.shape)
     assert all(np.array_equal(scores, expected) for scores in found)
 
 
