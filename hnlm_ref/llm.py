@@ -181,7 +181,10 @@ def load_llm(name: str, device: str, dtype: str = "auto", attention: str = "sdpa
         raise UserError(f"--model {name}: {what}; get the whole model again")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer names no eos_token; write one into tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
+    if tokenizer.vocab_size > (n_known := model.get_input_embeddings().num_embeddings):
+        told = f"its tokenizer has {tokenizer.vocab_size} tokens, its weights know {n_known}"
+        raise UserError(f"--model {name}: {told}; take the model with its own tokenizer")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= n_known:  # one added that the weights do not know
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     ends = model.generation_config.eos_token_id  # all that is kept: answers are greedy, whatever else it asks for

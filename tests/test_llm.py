@@ -446,6 +446,22 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
         llm.load_llm(str(tmp_path), "cpu")
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused_unless_it_is_an_added_pad_token(tmp_path):
+    model, tokenizer = llm.tiny_model()  # of 258 tokens each
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    assert tokenizer.pad_token_id == 258
+    model, tokenizer = llm.load_llm(str(tmp_path), "cpu")
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 1
+    questions = [llm.chat_ids(tokenizer, text) for text in ("a question", "another one")]  # the first is padded
+    assert len(llm.generate_texts(model, tokenizer, questions, 2)) == 2
+    model.resize_token_embeddings(200)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer has 258 tokens, its weights know 200; take the model with its"):
+        llm.load_llm(str(tmp_path), "cpu")
+
+
 def test_answers_are_greedy_whatever_the_model_s_own_settings_say(tmp_path):
     model, tokenizer = llm.tiny_model()
     tokenizer.save_pretrained(tmp_path)
