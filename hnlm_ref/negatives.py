@@ -97,7 +97,7 @@ def quality(
     taken, held_out = (np.zeros((len(some), n_items), bool) for _ in range(2))
     for mark, part in ((taken, prep.train), (held_out, prep.valid)):
         mark[tuple(part.take(some).pairs().T)] = True
-    scores = np.where(taken, -np.inf, cf[0][some] @ cf[1].T)  # [S, I]
+    scores = np.where(taken, -np.inf, np.einsum("sd,id->si", cf[0][some], cf[1]))  # [S, I], not by BLAS as above
     rank = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)  # 0 is hardest
     free = n_items - prep.train.degrees()  # [U]
     up_to_rank = np.cumsum(np.bincount(rank[held_out] + 1, minlength=n_items + 1)) / len(some)  # [I + 1]

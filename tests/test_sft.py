@@ -161,6 +161,18 @@ def test_as_hard_is_the_rate_of_the_21_ranks_around():
         assert found["false_rate_as_hard"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_items_of_equal_vectors_are_ranked_by_number_however_many_threads_numpy_has():
+    """A product by BLAS scores them differently from one column to the next."""
+    n, n_users = 101, 37
+    random, text = np.random.default_rng(0), (np.ones((n_users, 1)), np.ones((n, 1)))
+    nobody = Csr.from_pairs([], [], n_users, n)
+    cf = [random.normal(size=(rows, 64)).astype(np.float32) for rows in (n_users, 1)]
+    cf[1] = np.repeat(cf[1], n, axis=0)
+    kinds = {item: np.full((n_users, 1), item) for item in (0, 50, 100)}
+    found = quality(kinds, np.arange(n_users), prep_of(nobody, nobody), cf, text)
+    assert [figures["warm_up_percentile"] for figures in found.values()] == [1, 0.5, 0]
+
+
 def test_quality_is_of_users_who_have_negatives_and_of_nothing_it_is_none():
     """Of more than a thousand users every second is looked at: of those asked about."""
     n = 1500
