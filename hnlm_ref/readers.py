@@ -75,7 +75,7 @@ FORMATS = {
     "parquet": Format("parquet"),
 }
 SEPARATORS = ("\t", "::", ",", ";", "|")  # looked for in this order; blanks last
-QUOTED = ("\t", ",", ";")  # separators beside which a field may stand in quotes
+QUOTED = ("\t", "|", ",", ";")  # separators beside which a field may stand in quotes
 PART = "\x1f"  # between the items of a history, whose names may hold blanks
 NO_HEADER = ("user", "item", "rating", "time")  # roles of columns without names, in a file of no format above
 
@@ -195,8 +195,8 @@ def sniff(
             head += more
     if not head.strip():
         raise UserError(f"{path} is empty")
-    if head.startswith(b"PK\x03\x04"):
-        raise UserError(f"{path} is a zip archive; unpack it first")
+    if head.startswith(b"PK\x03\x04") or (gzipped and head.startswith(b"PAR1")):
+        raise UserError(f"{path} is a zip archive, or a Parquet file in gzip; unpack it first")
     given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     try:
         "a".encode(encoding)  # not hex, zip, rot13 ...
@@ -238,7 +238,7 @@ def sniff(
         order = order[: 2 if sep == "|" else None]  # MovieLens u.item: number, title, dates
         columns = [f"{role}={place}" for role, place in zip(order, names, strict=False)]
     found = _roles(names, columns, roles, path)
-    quote = format != "recbole" and (sep in (",", ";") or (sep == "\t" and _has_quotes(path, encoding)))
+    quote = format != "recbole" and (sep in (",", ";") or (sep in QUOTED and _has_quotes(path, encoding, sep)))
     guessed = time_unit == "auto"
     unit = _unit([str(r.get(found["time"], "")) for r in records], time_unit) if "time" in found else None
     if "history" in found:
@@ -250,9 +250,10 @@ def sniff(
     return Layout(path, format, kind, found, sep, quote, header, names, encoding, gzipped, unit, guessed)
 
 
-def _has_quotes(path: Path, encoding: str) -> bool:
-    """Whether a field between tabs stands in quotes, anywhere in the file: pandas quotes only where it must."""
-    field = re.compile(r'(^|\t)"[^\t\n]*"(\t|\r?$)', re.M)
+def _has_quotes(path: Path, encoding: str, sep: str) -> bool:
+    """Whether a field between tabs or bars stands in quotes, anywhere in the file: pandas quotes only where it must."""
+    sep = re.escape(sep)
+    field = re.compile(rf'(^|{sep})"[^{sep}\n]*"({sep}|\r?$)', re.M)
     decoder = codecs.getincrementaldecoder(encoding)("replace")
     with _open(path) as file:
         texts = map(decoder.decode, iter(lambda: file.read(BLOCK), b""))

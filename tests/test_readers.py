@@ -107,6 +107,8 @@ LAYOUTS = {
     "tsv with quotes": ('user\titem\n"u ""1"""\ti1', None, 'u "1"', "i1"),
     "tsv with quotes that end within": ('user\titem\nu1\t"Big" box', None, "u1", '"Big" box'),
     "recbole with quotes": ('user_id:token\titem_id:token\nu1\t"i1"', None, "u1", '"i1"'),
+    "csv of bars in quotes": ('user|item|text\n"u|1"|i1|"a ""b"""', None, "u|1", "i1"),
+    "csv of bars with quotes that end within": ('user|item\nu1|"Big" box', None, "u1", '"Big" box'),
     "csv of semicolons in quotes": ('user;item\n"u;1";i1', None, "u;1", "i1"),
     "csv with commas in quotes": ('"user","item","text","date"\nu,i,"a, b",2015-01-01', "date", "u", "i"),
     "csv of five columns between blanks": ("user item rating time weight\nu1 i1 5 1400000000 2", "s", "u1", "i1"),
@@ -686,7 +688,10 @@ def test_a_parquet_file_without_rows_or_cut_short_and_a_zip_archive_are_refused(
         prepare(tmp_path / "run", tmp_path / "log")
 
     (tmp_path / "log").write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(UserError, match="is a zip archive; unpack it first"):
+    with pytest.raises(UserError, match=r"is a zip archive, .*; unpack it first"):
+        prepare(tmp_path / "run", tmp_path / "log")
+    (tmp_path / "log").write_bytes(gzip.compress((tmp_path / "whole").read_bytes()))
+    with pytest.raises(UserError, match=r"a Parquet file in gzip; unpack it first"):
         prepare(tmp_path / "run", tmp_path / "log")
 
 
