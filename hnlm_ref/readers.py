@@ -533,7 +533,8 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
             values[role] = pl.lit(None, pl.Float64)
             continue
         raw = pl.col(role).cast(pl.String).str.strip_chars()
-        value = (raw if frame[role].dtype == pl.String else pl.col(role)).cast(pl.Float64, strict=False)
+        is_text = frame[role].dtype in (pl.String, pl.Binary, pl.Categorical, pl.Enum)
+        value = (raw if is_text else pl.col(role)).cast(pl.Float64, strict=False)
         wanted = "number" if role == "rating" or layout.unit else "number or date like 2015-01-31"
         if role == "time" and layout.unit == "date":
             wanted = "date"
