@@ -490,7 +490,10 @@ def frames(layout: Layout, bad: Bad, text: bool = False) -> Iterator[pl.DataFram
         except (pl.exceptions.PolarsError, OSError):  # OSError: Polars takes a block that begins like gzip for gzip
             wrong: list[tuple[int, str]] = []
             frame, lines = _walk(data, layout, columns, line, wrong)
-            frame = _check(frame, layout)
+            try:
+                frame = _check(frame, layout)
+            except pl.exceptions.PolarsError as error:  # in Parquet: bytes that are no UTF-8, or a length of time
+                raise UserError(f"{layout.path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
             wrong += [(n, why) for n, why in zip(lines, frame["why"], strict=True) if why]
             bad.add(layout.path, sorted(wrong))
         frame = frame.filter(pl.col("why").is_null())

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from datetime import timedelta
 
 import polars as pl
 import pytest
@@ -690,6 +691,11 @@ def test_a_parquet_file_without_rows_or_cut_short_and_a_zip_archive_are_refused(
     (tmp_path / "log").write_bytes((tmp_path / "whole").read_bytes()[:-30])
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         prepare(tmp_path / "run", tmp_path / "log")
+
+    for wrong in ({"item": [b"\xe9"]}, {"item": ["i"], "time": [timedelta(1)]}):
+        pl.DataFrame({"user": ["u"], **wrong}).write_parquet(tmp_path / "log")
+        with pytest.raises(UserError, match=r"log cannot be read as Parquet: [^\n]*$"):
+            prepare(tmp_path / "run", tmp_path / "log")
 
     (tmp_path / "log").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(UserError, match=r"is a zip archive, .*; unpack it first"):
