@@ -260,9 +260,9 @@ def _has_quotes(path: Path, encoding: str, sep: str) -> bool:
         return any('"' in text and field.search(text) for text in texts)
 
 
-def value_of(text: str) -> Any:
+def value_of(text: str, literals: bool = True) -> Any:
     """What JSON says, NaN as null, or else a Python literal, as in Amazon's 2014 files; None if it is neither."""
-    for parse in (JSON.decode, ast.literal_eval):
+    for parse in (JSON.decode, ast.literal_eval)[: 1 + literals]:
         with contextlib.suppress(ValueError, TypeError, SyntaxError), warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no Python
             return parse(text)
@@ -278,7 +278,7 @@ def _text(value: Any) -> str | None:
 
 def _members(text: str) -> str:
     """The items of a list, parted by PART: one in JSON or Python, or as numpy prints it, without commas."""
-    items = None if re.search(r"""['"]\s+['"]""", text) else value_of(text)  # Python would join 'a' 'b'
+    items = value_of(text, literals=not re.search(r"""['"]\s+['"]""", text))  # Python would join 'a' 'b'
     if not isinstance(items, list):
         items = ["".join(found) for found in re.findall(r"""'([^']*)'|"([^"]*)"|([^\s,\[\]'"]+)""", text)]
     return PART.join(str(_text(item)) for item in items if item is not None)
