@@ -252,6 +252,8 @@ def test_parquet_with_ids_in_bytes_and_whole_number_ids_and_datetimes(tmp_path):
 
 
 def test_parquet_with_lists_of_items_and_of_texts(tmp_path):
+    pl.DataFrame({"user": ["v"], "item_id_list": [b"1 2"]}).write_parquet(tmp_path / "log")  # a text, held as bytes
+    assert prepare(tmp_path / "run", tmp_path / "log").pairs() == {("v", "1"), ("v", "2")}
     pl.DataFrame({"user": ["v", "u"], "item_id_list": [["ä", "2"], ["3"]]}).write_parquet(tmp_path / "log")
     items = pl.DataFrame({"item": ["ä"], "title": [["T", 'U "1"']], "categories": [[["A", "B"]]]})
     items.write_parquet(tmp_path / "items")
@@ -304,7 +306,7 @@ def test_a_whole_number_held_as_a_float_is_the_id_of_the_whole_number(tmp_path, 
 @pytest.mark.parametrize(
     "text",
     [
-        '{"user": "u", "item_id_list": ["a b", null, "it\\u0027s"], "item": "d e"}\n',
+        '{"user": "u", "item_id_list": [" a b ", null, " ", "it\\u0027s"], "item": "d e"}\n',
         'user,item_id_list,item\nu,"[\'a b\', ""it\'s""]",d e\n',
         'user,item_id_list,item\nu,"[\'a b\' ""it\'s""]",d e\n',
     ],
@@ -335,8 +337,8 @@ def test_a_separator_may_have_several_bytes(tmp_path, sep):
 
 
 def test_a_row_of_empty_fields_is_no_blank_line(tmp_path):
-    (tmp_path / "log.csv").write_text("user,item,time\nu,a,1\n\n,,\nv,b,2\n\n", encoding="utf-8")
-    with pytest.raises(UserError, match="line 4: no user"):
+    (tmp_path / "log.csv").write_text("user,item,time\nu,a,1\n \n,,\nv,b,2\n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="csv: line 4: no user"):
         list(readers.frames(readers.sniff(tmp_path / "log.csv"), readers.Bad()))
 
 
@@ -464,6 +466,8 @@ def test_the_first_time_that_can_be_read_tells_the_unit(tmp_path, times, unit):
     (tmp_path / "log").write_text("user\titem\ttime\n" + "".join(f"u\ti\t{t}\n" for t in times), encoding="utf-8")
     assert readers.sniff(tmp_path / "log").unit == unit
     assert readers.sniff(tmp_path / "log", time_unit="us").unit == "us"
+    found = pl.concat(readers.frames(readers.sniff(tmp_path / "log"), readers.Bad(skip=True)))
+    assert len(found) == (unit is not None)  # before 1970 as well
 
 
 @pytest.mark.parametrize(
