@@ -407,7 +407,7 @@ def _blocks(layout: Layout, columns: dict[str, str]) -> Iterator[tuple[int, Any]
                 cut = data.rfind(b"\n", 0, _closed(data[:cut], layout.sep)) + 1
             block, rest = data[:cut], data[cut:]
             first, line = line, line + block.count(b"\n")
-            if first == 1 and block and layout.kind == "delimited" and layout.header:
+            if first == 1 and layout.kind == "delimited" and layout.header:
                 rows = block.lstrip().partition(b"\n")[2]  # blank lines may stand before the header
                 first, block = 1 + block.count(b"\n", 0, len(block) - len(rows)), rows
             if block := block.rstrip(b"\r\n"):
