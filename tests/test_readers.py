@@ -115,7 +115,7 @@ LAYOUTS = {
     "csv of five columns between blanks": ("user item rating time weight\nu1 i1 5 1400000000 2", "s", "u1", "i1"),
     "csv with two columns of users": ("user_id,userID,item\nu1,u2,i1", None, "u1", "i1"),
     "json with numbers": ('{"user": 7, "item": 10}', None, "7", "10"),
-    "json of Python literals with numbers": ("{'user': 7, 'item': 10}", None, "7", "10"),
+    "json of Python literals with numbers after a mark": ("\ufeff{'user': 7, 'item': 10}", None, "7", "10"),
     "csv after a blank line": ("\n \nuser,item\nu1,i1", None, "u1", "i1"),
     "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
     "tsv": ("user\titem\ttime\nu1\ti1\t2015-01-01", "date", "u1", "i1"),
