@@ -343,7 +343,7 @@ def _roles(names: tuple[str, ...], columns: Iterable[str], roles: tuple[str, ...
 
 def _recognise(kind: str, sep: str, header: bool, names: tuple[str, ...], line: str) -> str:
     """Name of the first format whose kind, separator and columns are the file's."""
-    if kind == "delimited" and header and all(":" in name for name in names):
+    if kind == "delimited" and all(":" in name for name in names):
         return "recbole"
     for name, f in FORMATS.items():
         if f.columns and (f.kind, f.header, f.sep) == (kind, header, sep):
@@ -370,7 +370,7 @@ def _unit(samples: list[str], time_unit: str) -> str | None:
 
 def _date(text: pl.Expr) -> pl.Expr:
     """Dates of any of the forms DATES, as seconds."""
-    parsed = [text.str.strip_chars().str.to_datetime(form, strict=False, time_unit="us") for form in DATES]
+    parsed = [text.str.strip_chars().str.to_datetime(form, strict=False) for form in DATES]
     return pl.coalesce(p.dt.replace_time_zone(None) for p in parsed).dt.timestamp("us") / 1e6
 
 
