@@ -110,7 +110,7 @@ LAYOUTS = {
     "recbole with quotes": ('user_id:token\titem_id:token\nu1\t"i1"', None, "u1", '"i1"'),
     "csv of bars in quotes": ('user|item|text\n"u|1"|i1|"a ""b"""', None, "u|1", "i1"),
     "csv of bars with quotes that end within": ('user|item\nu1|"Big" box', None, "u1", '"Big" box'),
-    "csv of semicolons in quotes": ('user;item\n"u;1";i1', None, "u;1", "i1"),
+    "csv of semicolons in quotes": ('user;item;at:x\n"u;1";i1;2', None, "u;1", "i1"),
     "csv with commas in quotes": ('"user","item","text","date"\nu,i,"a, b",2015-01-01', "date", "u", "i"),
     "csv of five columns between blanks": ("user item rating time weight\nu1 i1 5 1400000000 2", "s", "u1", "i1"),
     "csv with two columns of users": ("user_id,userID,item\nu1,u2,i1", None, "u1", "i1"),
@@ -433,9 +433,10 @@ def test_a_file_is_looked_at_in_whole_lines(tmp_path, monkeypatch):
 
 
 def test_a_log_of_no_known_format_and_without_names_is_user_item_rating_time(tmp_path):
-    (tmp_path / "log").write_text("1,2,5,1400000000\n", encoding="utf-8")
-    layout = readers.sniff(tmp_path / "log")
-    assert layout.columns == {"user": "1", "item": "2", "rating": "3", "time": "4"} and layout.unit == "s"
+    for text in ("1 2 5 1400000000\n", "1,2,5,1400000000\n"):
+        (tmp_path / "log").write_text(text, encoding="utf-8")
+        layout = readers.sniff(tmp_path / "log")
+        assert layout.columns == {"user": "1", "item": "2", "rating": "3", "time": "4"} and layout.unit == "s"
     named = readers.sniff(tmp_path / "log", "amazon-2018-ratings")  # its ids tell the format, if they are Amazon's
     assert named.columns == {"item": "1", "user": "2", "rating": "3", "time": "4"}
     (tmp_path / "log").write_text("{u},{i}\n", encoding="utf-8")  # no JSON if a separator is named
