@@ -221,7 +221,7 @@ def sniff(
         records = [record for line in lines if isinstance(record := value_of(line), dict)]
         names, header, sep = tuple(dict.fromkeys(key for record in records for key in record)), True, ""
     else:
-        sep = sep.replace("\\t", "\t") if sep else wanted_sep or _separator(lines)
+        sep = sep.replace("\\t", "\t") if sep else wanted_sep or _separator(lines[:1000])
         fields = list(_fields(lines[:1000], sep, sep in QUOTED))
         if header is None:  # names are no numbers; a file cut by blanks has a header only if it names the user
             known = roles[0] in _aliases(fields[0], roles)
@@ -300,8 +300,8 @@ def _separator(lines: list[str]) -> str:
     """The separator that cuts most lines into the same number of fields, two at least; "\n" for a ragged sequence."""
 
     def agreement(sep: str) -> tuple[float, int]:
-        n_fields, n_lines = Counter(map(len, _fields(lines[:1000], sep, sep in QUOTED))).most_common(1)[0]
-        return (n_lines / len(lines[:1000]) if n_fields > 1 else 0, n_fields)
+        n_fields, n_lines = Counter(map(len, _fields(lines, sep, sep in QUOTED))).most_common(1)[0]
+        return (n_lines / len(lines) if n_fields > 1 else 0, n_fields)
 
     best = max(SEPARATORS, key=agreement)
     if agreement(best)[0] > 0.5:
