@@ -282,7 +282,7 @@ def test_nan_is_a_missing_value_in_json_and_parquet_and_a_text_in_quotes(tmp_pat
             prepare(tmp_path / "run", tmp_path / name)
 
 
-@pytest.mark.parametrize("bad", ["", '\n{"user": 9, "item": 9, "rating": "x"}'], ids=["as a block", "row by row"])
+@pytest.mark.parametrize("bad", ["", '\n{"user": 9, "item": 9, "rating": "x"}\n'], ids=["as a block", "row by row"])
 def test_a_whole_number_held_as_a_float_is_the_id_of_the_whole_number(tmp_path, bad):
     """pandas writes floats where a column has a gap; what stands in quotes is a text as it is."""
     log = '{"user": 1e17, "item": 3.0, "rating": 5.0}\n{"user": "7.0", "item": 3, "rating": 4.5}' + bad
