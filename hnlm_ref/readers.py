@@ -522,7 +522,7 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
     if "history" in frame.columns:  # the list (RecBole's "a b", or a Python list), then the target; ratings are its
         # Not in an expression: Python's parser (3.11) fails when it is at work in several threads, as Polars has them.
         told = frame["history"].cast(pl.String).str.strip_chars()
-        past = pl.Series([t and (_members(t) if t[0] == "[" else PART.join(t.split())) for t in told], dtype=pl.String)
+        past = pl.Series([t and (_members(t) if t[0] == "[" else PART.join(t.split())) for t in told])
         target = [pl.col("item")] if "item" in frame.columns else []
         frame = frame.select("user", item=pl.concat_str(past, *target, separator=PART, ignore_nulls=True))
     whys: list[Any] = []
