@@ -536,8 +536,8 @@ def _check(frame: pl.DataFrame, layout: Layout) -> pl.DataFrame:
             values[role] = pl.lit(None, pl.Float64)
             continue
         raw = pl.col(role).cast(pl.String).str.strip_chars()
-        is_text = frame[role].dtype in (pl.String, pl.Binary, pl.Categorical, pl.Enum)
-        value = (raw if is_text else pl.col(role)).cast(pl.Float64, strict=False)
+        by_text = (pl.String, pl.Binary, pl.Categorical, pl.Enum, pl.Float32)  # 4.1 in float32 is 4.0999999
+        value = (raw if frame[role].dtype in by_text else pl.col(role)).cast(pl.Float64, strict=False)
         wanted = "number" if role == "rating" or layout.unit else "number or date like 2015-01-31"
         if role == "time" and layout.unit == "date":
             wanted = "date"

@@ -232,10 +232,11 @@ def test_parquet_with_ids_in_bytes_and_whole_number_ids_and_datetimes(tmp_path):
     )
     done = prepare(tmp_path / "run", tmp_path / "log.parquet", item_columns=("item=item",))
     assert done.pairs() == {("ä", "7")} and done.items[0]["title"] == "ä"
-    for ratings in ([b"4.5", b" 5"], pl.Series(["4.5", "5"], dtype=pl.Categorical)):  # pandas' category
+    as_category = pl.Series(["4.1", "5"], dtype=pl.Categorical)  # pandas' own, too
+    for ratings in ([b"4.1", b" 5"], as_category, pl.Series([4.1, 5], dtype=pl.Float32)):
         pl.DataFrame({"user": ["u", "v"], "item": [b"7", b"8"], "rating": ratings}).write_parquet(tmp_path / "log")
         found = pl.concat(readers.frames(readers.sniff(tmp_path / "log"), readers.Bad()))
-        assert found.select("item", "rating").rows() == [("7", 4.5), ("8", 5.0)]
+        assert found.select("item", "rating").rows() == [("7", 4.1), ("8", 5.0)]
     times = pl.Series(["2015-01-01 00:00:01", None, "2015-01-01"]).str.to_datetime(strict=False)
     frame = pl.DataFrame({"user": [10, 9, 10], "item": [7, 7, 8], "rating": [5.0, 4.0, 1.0], "time": times})
     frame.write_parquet(tmp_path / "log.parquet", row_group_size=1)
