@@ -74,7 +74,7 @@ def in_shards(
                 bar.update(sum(sizes[r] for r in some))
             of_row = dict(accelerate.utils.gather_object(found))
             h = np.concatenate([of_row[r] for r in shard])
-            for bad in np.flatnonzero(~np.isfinite(h).all(axis=1))[:1]:
+            for bad in np.flatnonzero(~np.isfinite(h).all(axis=1)):
                 u, i = pairs[starts[shard[0]] + bad]
                 raise UserError(f"the vector of user {u} and item {i} is not finite; tune and generate in float32")
             if team.is_main_process:
