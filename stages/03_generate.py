@@ -120,7 +120,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         queries = llm.make_queries(tokenizer, prep.users, prep.items, *limits)
         of_users = np.split(pairs[:, 1], np.searchsorted(pairs[:, 0], np.arange(1, prep.n_users)))
         rows = [
-            queries.row(u, some.tolist(), soft=cfg.tuned)
+            queries.row(u, some, soft=cfg.tuned)
             for u, items in enumerate(of_users)
             for some in llm.cut(items, cfg.pairs_per_row)
         ]
