@@ -100,7 +100,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         raise UserError(f"model {knobs['model']} is no longer the one that was tuned; run hnlm-ref sft again")
     cf = [load_npy(sft / f"cf_{side}.npy") for side in ("user", "item")]
     text = [load_npy(sft / f"{side}_text.npy") for side in ("user", "item")]
-    if cfg.skip_ranks and (prep.n_items - prep.train.degrees() <= cfg.skip_ranks).all():
+    if (prep.n_items - prep.train.degrees() <= cfg.skip_ranks).all():
         raise UserError(f"skip_ranks {cfg.skip_ranks} leaves nobody an item to match of {prep.n_items}; lower it")
     torch.set_num_threads(run.n_threads or torch.get_num_threads())
     team = accelerate.PartialState(cpu=device == "cpu")  # the processes that share the rows: one, unless launched so
