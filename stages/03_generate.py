@@ -150,7 +150,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
         # Around the mean of the catalogue's titles: around their own, two answers would be each other's opposite.
         named = [item["title"] or prompts.NO_TITLE for item in prep.items]
         vectors = llm.text_vectors(base, tokenizer, named + said)
-        vectors[prep.n_items :] -= vectors[: prep.n_items].mean(axis=0)
+        vectors -= vectors[: prep.n_items].mean(axis=0)
         h = vectors[prep.n_items :].astype(np.float16)
     save_npy(out / "pairs.npy", pairs)
     save_npy(out / "embeddings.npy", h)
