@@ -120,8 +120,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     # What p and n are. Choice: fixed vectors, centred (text: whitened), as raw hidden states are nearly parallel.
     targets = llm.whiten(item_text) if cfg.target == "text" else cf_item - cf_item.mean(axis=0)  # [I, d_out]
     if team.is_main_process:
-        save_npy(out / "targets.npy", targets.astype(np.float32))
-    targets = torch.from_numpy(targets).float().to(device)
+        save_npy(out / "targets.npy", targets)
+    targets = torch.from_numpy(targets).to(device)
 
     # Triplets (u, i, j), all of a user together; the first users' are held out.
     rng = np.random.default_rng(run.seed)
