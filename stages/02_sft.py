@@ -214,7 +214,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
     n_per_epoch = -(-len(users) // (cfg.batch_size * cfg.grad_accum))
     n_steps, checkpoint = cfg.n_epochs * n_per_epoch, out / "checkpoint.safetensors"
     state: dict = {"step": 0, "log": [], "best": 1}  # best: place of its look in the log
-    best: dict = {}
     seen = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses since the last look, and how many
     if checkpoint.exists():
         state, best = load_checkpoint(checkpoint, optimiser, model)
