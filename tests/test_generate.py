@@ -65,6 +65,15 @@ def test_only_the_first_of_several_processes_has_the_vectors(tmp_path):
         assert len(list(tmp_path.glob("shard*"))) == (2 if leads else 0)
 
 
+def test_a_vector_with_a_number_that_is_not_finite_is_told_by_its_pair(tmp_path):
+    stage, pairs = load_stage("generate"), np.array([[4, 5], [8, 6], [8, 9]])
+    in_shards, rows = stage.main_function.__globals__["in_shards"], [([1], [[2]]), ([1], [[2], [3]])]
+    one = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
+    encode = lambda some: np.array([[0, np.inf if part == [3] else 0] for _, parts in some for part in parts])  # noqa: E731
+    with pytest.raises(UserError, match="user 8 and item 9 is not finite"):
+        in_shards(rows, pairs, stage.config(rows_per_shard=1), Run(tmp_path, out=tmp_path), one, encode)
+
+
 def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made):
     folder, sft = made / "generate", made / "sft"
     own = llm.load_file(sft / "projections.safetensors")
