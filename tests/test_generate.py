@@ -87,6 +87,7 @@ def test_matches_are_the_nearest_by_cosine_to_the_head_of_the_stored_vector(made
     n_taken = sum(item in pairs[pairs[:, 0] == u, 1] for u, item in zip(pairs[:, 0], cosine.argmax(1), strict=True))
     counts = load_json(folder / "manifest.json")["counts"]
     assert counts["pairs whose nearest item was taken"] == n_taken > 0 == counts["users who took every item"]  # B15
+    assert 0 in matches[:, 0] and counts["pairs without match"] == 0
     for u in np.unique(pairs[:, 0]):
         mine = pairs[:, 0] == u
         cosine[np.ix_(mine, pairs[mine, 1])] = -np.inf
