@@ -109,11 +109,12 @@ def test_sampled_negatives_are_told_beside_the_generated_ones(made):
 def test_zero_shot_vectors_are_means_of_the_untuned_model_s_states_and_match_the_nearest_texts(toy_run, tmp_path):
     """The slow way: a forward pass for each pair, nothing packed; the mean leaves the user's part out."""
     run = with_inputs(toy_run, tmp_path)
-    generate(run, "--no-tuned", "--pairs-per-user", 2)
+    generate(run, "--no-tuned", "--pairs-per-user", 2, "--seed", 1)
     pairs, h, matches, scores = (
         load_npy(run / "generate" / f"{name}.npy") for name in ("pairs", "embeddings", "matches", "match_scores")
     )
     prep, (model, tokenizer) = Run(run).prep(), llm.tiny_model()
+    assert np.array_equal(pairs, choose_pairs(prep.train, 2, seed=1))
     for (u, i), vector in zip(pairs.tolist(), h, strict=True):
         user, item, end = (
             tokenizer(text, add_special_tokens=False).input_ids
