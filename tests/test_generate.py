@@ -155,7 +155,7 @@ def test_the_readme_s_transfer_differs_from_its_base_in_the_language_model_alone
 
 def test_matches_lie_within_the_band_and_never_among_skipped_warm_up_ranks(toy_run, tmp_path):
     run = with_inputs(toy_run, tmp_path)
-    generate(run, "--skip-ranks", 10, "--min-similarity", 0.35, "--max-similarity", 0.45)
+    generate(run, "--skip-ranks", 10, "--min-similarity", 0.35, "--max-similarity", 0.45, "--match", "title")  # no text
     matches, pairs, scores = (
         load_npy(run / "generate" / f"{name}.npy") for name in ("matches", "pairs", "match_scores")
     )
@@ -179,6 +179,8 @@ def test_skipping_all_ranks_is_refused_before_the_model_is_loaded(toy_run, tmp_p
         generate(run, "--skip-ranks", most)
     with pytest.raises(UserError, match=r"min_similarity 0\.5 is above max_similarity 0\.4"):
         generate(run, "--min-similarity", 0.5, "--max-similarity", 0.4)
+    with pytest.raises(UserError, match="'here' is no address"):
+        generate(run, "--endpoint", "here")
     with pytest.raises(TypeError):  # it leaves somebody one, and the model is loaded
         generate(run, "--skip-ranks", most - 1)
 
@@ -462,7 +464,7 @@ def test_answers_outlive_a_change_of_other_knobs(server, toy_run, tmp_path):
     with pytest.raises(UserError, match="no negative matches any item"):
         generate(run, *words, "--min-similarity", 0.999999)
     assert len(Server.seen) == 60
-    generate(run, *words, "--concurrency", 3)
+    generate(run, *words, "--concurrency", 3, "--max-similarity", 0.99)
     assert len(Server.seen) == 60 and not list((run / "generate").glob("*.part"))
 
 
