@@ -185,6 +185,21 @@ def test_skipping_all_ranks_is_refused_before_the_model_is_loaded(toy_run, tmp_p
         generate(run, "--skip-ranks", most - 1)
 
 
+def test_the_model_is_loaded_as_the_knobs_of_tuning_say(toy_run, tmp_path, monkeypatch):
+    def load(*how):
+        raise UserError(str(how))
+
+    monkeypatch.setattr(llm, "load_llm", load)
+    run = with_inputs(toy_run, tmp_path)
+    with pytest.raises(UserError, match=r"\('m', 'cpu', 'bfloat16', 'eager', True\)"):
+        run_stage("sft", run, "--model", "m", "--dtype", "bfloat16", "--attention", "eager", "--load-in-4bit")
+    manifest = load_json(run / "sft" / "manifest.json")
+    manifest["knobs"] |= {"attention": "eager", "load_in_4bit": True}
+    save_json(run / "sft" / "manifest.json", manifest)
+    with pytest.raises(UserError, match=r"\('tiny', 'cpu', 'float32', 'eager', True\)"):
+        generate(run)
+
+
 def test_negatives_of_a_model_tuned_on_text_vectors_are_matched(toy_run, tmp_path):
     shutil.copytree(toy_run / "prep", tmp_path / "prep")
     run_stage("sft", tmp_path, "--target", "text", "--n-epochs", 0)
