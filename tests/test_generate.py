@@ -534,16 +534,19 @@ def test_a_title_of_the_catalogue_matches_its_item_however_few_the_answers(
 ):
     run = with_inputs(toy_run, tmp_path)
     prep = Run(run).prep()
-    wanted = []
-    for u, i in choose_pairs(prep.train, 1, 0)[:n_answers]:
+    wanted, pairs = [], choose_pairs(prep.train, 1, 0)[: n_answers + 1]
+    for u, _ in pairs[:-1]:
         wanted.append(next(j for j in range(len(wanted), 80) if j not in prep.train.row(u)))
-        reply = {"choices": [{"message": {"content": said(prep.items[wanted[-1]]["title"])}}]}
+    for (u, i), j in zip(pairs, [*wanted, pairs[-1, 1]], strict=True):  # the last is told the item taken itself
+        reply = {"choices": [{"message": {"content": said(prep.items[j]["title"])}}]}
         Server.plan[prompts.negative_prompt(prep.users[u], prep.items[i])] = [json.dumps(reply).ljust(99)]
     monkeypatch.setattr(Server, "key", "another")  # no answer to the other questions
     words = ("--mode", "text", "--endpoint", server, "--pairs-per-user", 1)
     generate(run, *words)
     matches, h, scores = (load_npy(run / "generate" / f"{n}.npy") for n in ("matches", "embeddings", "match_scores"))
     assert matches[:, 0].tolist() == wanted
+    statuses = load_json(run / "generate" / "manifest.json")["counts"]["statuses"]
+    assert statuses == {"ok": n_answers, "is_positive": 1, "bad": 59 - n_answers}
     of_titles = llm.text_vectors(*llm.load_llm("tiny", "cpu"), [item["title"] for item in prep.items])[wanted]
     of_items = load_npy(run / "sft" / "item_text.npy")[wanted]
     np.testing.assert_allclose(h, of_titles, atol=2e-3)
