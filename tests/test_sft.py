@@ -253,9 +253,11 @@ def test_rates_rise_and_fall_gradients_are_clipped_and_the_last_step_is_looked_a
     def step(optimiser):
         gradient = torch.cat([p.grad.flatten() for group in optimiser.param_groups for p in group["params"]])
         seen.append((*(group["lr"] for group in optimiser.param_groups), gradient.norm().item()))
+        assert [group["weight_decay"] for group in optimiser.param_groups] == [0, 0]
         return plain(optimiser)
 
     def sft_loss(*args):
+        assert args[-1] == 0.2
         value = loss(*args)
         made.extend([value.item()] if value.requires_grad else [])  # not when it looks at the held-out ones
         return value
@@ -264,7 +266,7 @@ def test_rates_rise_and_fall_gradients_are_clipped_and_the_last_step_is_looked_a
     monkeypatch.setattr(losses, "sft_loss", sft_loss)
     run = with_prep(toy_run, tmp_path)
     words = ("--n-users", 16, "--warmup-steps", 2, "--lr", 0.6, "--lr-new", 1.2, "--eval-every", 3, "--patience", 9)
-    run_stage("sft", run, *words)  # the preset's batches are of four users
+    run_stage("sft", run, *words, "--temperature", 0.2)  # the preset's batches are of four users
     of_lora, of_new, lengths = zip(*seen, strict=True)
     assert of_lora == pytest.approx([0.2, 0.4, 0.3, 0.15]) and of_new == pytest.approx([0.4, 0.8, 0.6, 0.3])
     assert max(lengths) == pytest.approx(1.0, abs=1e-4)
@@ -370,6 +372,8 @@ def test_a_pool_mines_what_the_guard_leaves_and_profiles_of_a_model_have_vectors
     manifest["knobs"]["profiles"] = "llm"
     save_json(run / "prep" / "manifest.json", manifest)
     words = ("--mining", "pool", "--pool-size", 2000, "--guard-threshold", -1.8, "--pairs-per-user", 2)
+    words += ("--temperature", 0.2, "--catalogue-temperature", 0.3)
+    words += ("--lora-rank", 4, "--lora-alpha", 12, "--lora-dropout", 0.1)
     run_stage("sft", run, *words, "--target", "text", "--n-epochs", 0)
     sft, prep = run / "sft", Run(run).prep()
     names = ("cf_user", "cf_item", "user_text", "item_text", "targets")
@@ -379,22 +383,28 @@ def test_a_pool_mines_what_the_guard_leaves_and_profiles_of_a_model_have_vectors
     best = {u: max(some, key=lambda j: cf_item[j] @ cf_user[u]) for u, some in free.items() if some}
     counts, triplets = load_json(sft / "manifest.json")["counts"], load_jsonl(sft / "triplets.jsonl")
     assert {(t["user"], t["positive"]) for t in triplets} == set(best.items())
-    assert len(triplets) == 2 * 8 * len(best)  # two pairs a user, eight positives each
+    assert counts["triplets"] == len(triplets) == 2 * 8 * len(best)  # two pairs a user, eight positives each
     assert counts["users without an item to mine"] == prep.n_users - len(best) > 0
     of_profiles = llm.text_vectors(model, tokenizer, [user["profile"] for user in prep.users])
     np.testing.assert_allclose(user_text, of_profiles, atol=1e-5)
     np.testing.assert_allclose(targets, llm.whiten(item_text), atol=1e-4)
-    # What is told of the held-out triplets, one by one: cos(h, p) > cos(h, n), and the share of items above p.
+    lora = load_json(sft / "adapter" / "adapter_config.json")
+    assert (counts["before"]["head"], counts["kept"]["head"]) == ("random", "solved")
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (4, 12, 0.1)
+    # What is told of the held-out triplets, one by one: cos(h, p) > cos(h, n), the share of items above p, two losses.
     tuned = llm.load_negative_model(model, sft, cf_user, cf_item)
     unit = targets / np.linalg.norm(targets, axis=1)[:, None]
     queries, found = llm.make_queries(tokenizer, prep.users, prep.items, 160, 64), []
     for t in triplets:
         if t["held_out"]:
             with torch.no_grad():
-                cosine = unit @ tuned(llm.pack([queries.row(t["user"], [t["item"]])]))[1][0].numpy()  # times a length
-            found.append((cosine[t["positive"]] > cosine[t["item"]], (cosine > cosine[t["positive"]]).mean()))
+                out = tuned(llm.pack([queries.row(t["user"], [t["item"]])]))[1][0].numpy()
+            cosine = unit @ (out / np.linalg.norm(out))
+            to_p, to_n = cosine[t["positive"]], cosine[t["item"]]
+            of_all = math.log(np.exp(cosine / 0.3).sum()) - to_p / 0.3
+            found.append((to_p > to_n, (cosine > to_p).mean(), softplus((to_n - to_p) / 0.2), of_all))
     line = load_jsonl(sft / "log.jsonl")[-1]
-    told = line["held_out_accuracy"], line["held_out_rank_of_positive"]
+    told = [line[f"held_out_{name}"] for name in ("accuracy", "rank_of_positive", "own_loss", "catalogue_loss")]
     assert told == pytest.approx(np.mean(found, axis=0), abs=2e-3) and 0 < told[1] < told[0]
 
 
