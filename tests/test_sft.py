@@ -305,9 +305,11 @@ def test_the_head_is_solved_for_the_hard_negatives_and_against_the_item_taken(to
     given, solve = [], llm.Head.solve
     monkeypatch.setattr(llm.Head, "solve", lambda head, h, wanted: given.append(wanted) or solve(head, h, wanted))
     run = with_prep(toy_run, tmp_path)
-    run_stage("sft", run, "--n-epochs", 0, "--probe-users", 3, "--pairs-per-user", 4)
-    targets = load_npy(run / "sft" / "targets.npy").astype(np.float64)
-    unit = [vector / math.sqrt(vector @ vector) for vector in targets]
+    words = ("--n-epochs", 0, "--probe-users", 3, "--pairs-per-user", 4)
+    run_stage("sft", run, *words, "--rank-from", 3, "--rank-to", 5)
+    train, sft = Run(run).prep().train, run / "sft"
+    cf_user, cf_item, targets = (load_npy(sft / f"{name}.npy") for name in ("cf_user", "cf_item", "targets"))
+    unit = [vector / math.sqrt(vector @ vector) for vector in targets.astype(np.float64)]
     mined: dict[tuple, list] = {}
     for t in load_jsonl(run / "sft" / "triplets.jsonl"):
         if not t["held_out"]:
@@ -315,6 +317,8 @@ def test_the_head_is_solved_for_the_hard_negatives_and_against_the_item_taken(to
     users = list(dict.fromkeys(user for user, _ in mined))[:3]
     expected = []
     for (user, item), found in mined.items():
+        ranked = [j for j in np.argsort(-cf_item @ cf_user[user]).tolist() if j not in train.row(user)]
+        assert set(found) <= set(ranked[3:5])
         if user in users:
             aim = sum(unit[j] for j in found)
             expected.append(aim / math.sqrt(aim @ aim) - unit[item] / 2)
