@@ -337,11 +337,12 @@ def test_targets_are_centred_and_a_user_s_text_vector_is_the_mean_of_the_items_t
 
 def test_every_epoch_takes_all_users_in_an_order_of_its_own(toy_run, tmp_path, monkeypatch):
     """And every step the mean of its micro-batches' gradients."""
-    users, found, gradients = [], [], llm.gradients
+    users, found, seeds, gradients = [], [], set(), llm.gradients
 
     def told(model, read, some, *rest):
         assert model.llm.training
         users.extend(some)
+        seeds.add(rest[-1])
         found.append(gradients(model, read, some, *rest))
         return found[-1]
 
@@ -356,6 +357,7 @@ def test_every_epoch_takes_all_users_in_an_order_of_its_own(toy_run, tmp_path, m
     first, second = users[: len(users) // 2], users[len(users) // 2 :]
     tuned_on = {t["user"] for t in load_jsonl(run / "sft" / "triplets.jsonl") if not t["held_out"]}
     assert sorted(first) == sorted(second) == sorted(tuned_on) and first != second
+    assert len(seeds) == len(found)  # dropout of its own for each
 
 
 def test_triplets_hold_out_whole_users_and_no_prompt_names_an_unseen_item(undisturbed):
