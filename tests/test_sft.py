@@ -420,6 +420,7 @@ def test_what_cannot_be_tuned_is_told(toy_run, tmp_path):
         (("--rank-from", 9, "--rank-to", 9), "leave no rank to mine from"),
         (("--model", "no/such/model"), "--model no/such/model"),
         (("--pairs-per-user", 1, "--probe-users", 1, "--n-epochs", 0), "step 0: a loss is not finite; raise n_users"),
+        (("--guard-threshold", -9), "only 0 users have an item not taken"),
         (("--lr", 1e30, "--eval-every", 2), r"step 2: a loss is not finite; lr 1e\+30 may be too large"),  # case E11
     ):
         with pytest.raises(UserError, match=message):
@@ -441,12 +442,16 @@ def test_a_model_or_prompts_that_cannot_be_used_are_told_before_the_warm_up(toy_
 
 
 def test_at_most_a_quarter_of_the_users_is_held_out(toy_run, tmp_path):
-    run = with_prep(toy_run, tmp_path)
-    for n_users, n_seen, n_held_out in ((0, 60, 15), (2, 17, 15)):
-        run_stage("sft", run, "--held-out-users", 60, "--n-epochs", 0, "--n-users", n_users)
+    run, made = with_prep(toy_run, tmp_path), []
+    for asked, n_users, n_seen, n_held_out in ((60, 0, 60, 15), (60, 2, 17, 15), (1, 1, 2, 1)):  # but one in any case
+        run_stage("sft", run, "--held-out-users", asked, "--n-epochs", 0, "--n-users", n_users, "--seed", n_users)
         triplets = load_jsonl(run / "sft" / "triplets.jsonl")
         assert len({t["user"] for t in triplets}) == n_seen
-        assert len({t["user"] for t in triplets if t["held_out"]}) == n_held_out
+        held_out = {t["user"] for t in triplets if t["held_out"]}
+        assert len(held_out) == n_held_out
+        random = load_file(run / "sft" / "projections.safetensors")["user_projection.weight"]
+        made.append((tuple(held_out), random.numpy().tobytes(), load_npy(run / "sft" / "cf_user.npy").tobytes()))
+    assert all(len(set(of_seeds)) == 3 for of_seeds in zip(*made, strict=True))
 
 
 def test_transfer_keeps_the_tuned_weights_and_solves_a_head_of_its_own(toy_run, cli, tmp_path):
