@@ -437,8 +437,12 @@ def test_a_model_or_prompts_that_cannot_be_used_are_told_before_the_warm_up(toy_
     monkeypatch.setattr(training, "warm_up", None)
     with pytest.raises(UserError, match=f"--model {tmp_path}: not a folder"):
         run_stage("sft", with_prep(toy_run, tmp_path / "run"), "--model", tmp_path)
-    with pytest.raises(UserError, match="max_user_tokens and max_item_tokens leave no room beside the instructions"):
-        run_stage("sft", with_prep(toy_run, tmp_path / "short"), "--max-user-tokens", 9)
+    longest: list[int] = []
+    monkeypatch.setattr(llm, "check_rows", lambda _name, _model, most: longest.append(most))
+    for n_tokens in (9, 1):
+        with pytest.raises(UserError, match="max_user_tokens and max_item_tokens leave no room beside the instr"):
+            run_stage("sft", with_prep(toy_run, tmp_path / f"{n_tokens}"), "--max-user-tokens", n_tokens)
+    assert longest == [9 + 64, 1 + 64 + 1]  # the preset's item tokens; those of a text, with BOS and EOS
 
 
 def test_at_most_a_quarter_of_the_users_is_held_out(toy_run, tmp_path):
