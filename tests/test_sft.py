@@ -480,7 +480,8 @@ def test_an_adapter_of_another_folder_can_be_tuned_further(toy_run, tmp_path, mo
     told = lambda model, how: asked.append(how) or recompute(model, how)  # noqa: E731
     monkeypatch.setattr(transformers.PreTrainedModel, "gradient_checkpointing_enable", told)
     run = with_prep(toy_run, tmp_path)
-    run_stage("sft", run, "--init-from", toy_run / "sft", "--n-users", 8, "--eval-every", 1, "--checkpointing")
+    words = ("--n-users", 8, "--eval-every", 1, "--checkpointing", "--target", "text")  # whose head is another
+    run_stage("sft", run, "--init-from", toy_run / "sft", *words)
     assert load_json(run / "sft" / "manifest.json")["counts"]["kept"]["step"] > 0
     before, after = (load_file(f / "sft" / "adapter" / "adapter_model.safetensors") for f in (toy_run, run))
     assert not any(torch.equal(before[name], after[name]) for name in before)
@@ -497,7 +498,12 @@ def test_an_adapter_of_another_shape_is_refused(toy_run, tmp_path):
 
 def test_an_adapter_of_other_knobs_is_refused_before_anything_is_computed(toy_run, tmp_path):
     run = with_prep(toy_run, tmp_path)
-    for knob, value, its in (("--model", "other", "model = tiny"), ("--lora-alpha", 3, "lora_alpha = 64")):
+    for knob, value, its in (
+        ("--model", "other", "model = tiny"),
+        ("--lora-rank", 3, "lora_rank = 32"),
+        ("--lora-alpha", 3, "lora_alpha = 64"),
+        ("--lora-dropout", 0.5, "lora_dropout = 0.05"),
+    ):
         with pytest.raises(UserError, match=f"init_from .* was tuned with {its}; take the same"):
             run_stage("sft", run, "--init-from", toy_run / "sft", knob, value)
     with pytest.raises(UserError, match=r"manifest.json: No such file"):
