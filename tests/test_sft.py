@@ -580,15 +580,16 @@ def test_work_in_progress_is_deleted_when_no_process_looks_for_it_any_more(tmp_p
     kept = []
 
     def wait():
-        kept.append([p.name for p in tmp_path.glob(".*.partial/*") if p.name.startswith(("checkpoint", "shard"))])
+        work = "checkpoint", "shard", "warm_up"
+        kept.append(sorted(p.name for p in tmp_path.glob(".*.partial/*") if p.name.startswith(work)))
 
     team = SimpleNamespace(is_main_process=True, wait_for_everyone=wait, destroy_process_group=lambda: None)
     run_stage("prep", tmp_path)
     monkeypatch.setattr(artifacts, "_team", lambda stage, run: team)
     run_stage("sft", tmp_path, "--n-users", 8, "--pairs-per-user", 1)
     run_stage("generate", tmp_path, "--pairs-per-user", 1)
-    assert kept == [[], ["checkpoint.safetensors"], [], ["shard000000000.npy"]]
-    assert not [*tmp_path.glob("*/checkpoint*"), *tmp_path.glob("*/shard*")]
+    assert kept == [[], ["checkpoint.safetensors", "warm_up.safetensors"], [], ["shard000000000.npy"]]
+    assert not [*tmp_path.glob("*/checkpoint*"), *tmp_path.glob("*/warm_up*"), *tmp_path.glob("*/shard*")]
 
 
 def test_sharded_weights_are_half_in_each_of_two_processes(tmp_path):
