@@ -302,12 +302,19 @@ def test_tuning_ends_after_looks_without_a_better_one_and_keeps_the_best(toy_run
 
 
 def test_the_head_is_solved_for_the_hard_negatives_and_against_the_item_taken(toy_run, tmp_path, monkeypatch):
-    given, solve = [], llm.Head.solve
+    given, solve, looked_at, warm_up = [], llm.Head.solve, [], training.warm_up
+
+    def told(train, valid, **how):
+        looked_at.extend(valid.pairs().tolist())
+        return warm_up(train, valid, **how)
+
+    monkeypatch.setattr(training, "warm_up", told)
     monkeypatch.setattr(llm.Head, "solve", lambda head, h, wanted: given.append(wanted) or solve(head, h, wanted))
     run = with_prep(toy_run, tmp_path)
     words = ("--n-epochs", 0, "--probe-users", 3, "--pairs-per-user", 4)
     run_stage("sft", run, *words, "--rank-from", 3, "--rank-to", 5)
     train, sft = Run(run).prep().train, run / "sft"
+    assert looked_at == Run(run).prep().valid.pairs().tolist()
     cf_user, cf_item, targets = (load_npy(sft / f"{name}.npy") for name in ("cf_user", "cf_item", "targets"))
     unit = [vector / math.sqrt(vector @ vector) for vector in targets.astype(np.float64)]
     mined: dict[tuple, list] = {}
