@@ -202,7 +202,8 @@ def test_the_model_is_loaded_as_the_knobs_of_tuning_say(toy_run, tmp_path, monke
 
 def test_negatives_of_a_model_tuned_on_text_vectors_are_matched(toy_run, tmp_path):
     shutil.copytree(toy_run / "prep", tmp_path / "prep")
-    run_stage("sft", tmp_path, "--target", "text", "--n-epochs", 0)
+    run_stage("sft", tmp_path, "--target", "text", "--n-epochs", 0, "--dtype", "bfloat16")
+    assert load_json(tmp_path / "sft" / "manifest.json")["counts"]["dtype"] == "bfloat16"
     generate(tmp_path, "--pairs-per-user", 1)
     matches = load_npy(tmp_path / "generate" / "matches.npy")
     assert matches.shape == (60, 20) and (matches >= 0).all()
