@@ -289,6 +289,9 @@ class Run:
     def prep(self) -> Prep:
         folder = self.folder("prep")
         users, items = load_jsonl(folder / "users.jsonl"), load_jsonl(folder / "items.jsonl")
+        for side, found in (("users", users), ("items", items)):  # a copy may have been cut short between two lines
+            if len(found) != (wanted := self.manifest("prep")["counts"][side]):
+                raise UserError(f"{folder / side}.jsonl holds {len(found)} of {wanted} lines; get the whole file again")
         train, valid = (load_csr(folder, part, len(items)) for part in ("train", "valid"))
         return Prep(users, items, train, valid, load_npy(folder / "train.order.npy"))
 

@@ -296,7 +296,7 @@ def load_lora(llm: Any, folder: Path, trainable: bool = False) -> Any:
     other = f"{folder}: no PEFT adapter of this model"
     try:
         model = _with_own_dropout(peft.PeftModel.from_pretrained(llm, folder, is_trainable=trainable))
-    except (RuntimeError, ValueError) as error:  # not there, or weights of another shape
+    except (RuntimeError, ValueError, SafetensorError) as error:  # not there, cut short, or weights of another shape
         raise UserError(f"{other}: {str(error).splitlines()[-1]}") from error
     saved = set(load_file(folder / "adapter_model.safetensors"))
     if differ := saved ^ set(peft.get_peft_model_state_dict(model, save_embedding_layers=False)):

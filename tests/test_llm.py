@@ -315,6 +315,9 @@ def test_an_adapter_that_is_absent_or_of_another_shape_is_an_error(tmp_path):
     llm.save_file(dict(list(weights.items())[1:]), file)
     with pytest.raises(UserError, match="1 of its weights are missing or unknown"):
         llm.load_lora(llm.load_llm("tiny", "cpu")[0], tmp_path / "adapter")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="no PEFT adapter of this model"):
+        llm.load_lora(llm.load_llm("tiny", "cpu")[0], tmp_path / "adapter")
 
 
 def gradients_of(model: llm.NegativeModel, seed: int = 0) -> tuple[dict, dict[str, torch.Tensor]]:

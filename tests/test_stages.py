@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT
 
 from hnlm_ref import compare
-from hnlm_ref.artifacts import STAGES, load_json
+from hnlm_ref.artifacts import STAGES, Run, load_json
 from hnlm_ref.cli import load_stage, main, stage_file
+from hnlm_ref.console import UserError
 
 
 def start_all(run: Path, **how) -> subprocess.Popen:
@@ -112,6 +113,15 @@ def test_a_missing_module_is_one_sentence_with_its_cure(toy_run, tmp_path, words
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert told in " ".join((done.stdout + done.stderr).split()) and "Traceback" not in done.stderr
     assert done.returncode == int("--help" not in words)
+
+
+@pytest.mark.parametrize("side", ["users", "items"])
+def test_a_copy_of_a_run_that_was_cut_short_between_two_lines_is_told(toy_run, tmp_path, side):
+    run = Run(shutil.copytree(toy_run, tmp_path / "run"))
+    file, whole = run.dir / "prep" / f"{side}.jsonl", {"users": 60, "items": 80}[side]
+    file.write_text("".join(file.read_text(encoding="utf-8").splitlines(True)[:-1]), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{side}\.jsonl holds {whole - 1} of {whole} lines; get the whole file again"):
+        run.prep()
 
 
 def test_the_losses_told_of_a_training_are_those_of_one_thread(cli, toy_run, tmp_path):
