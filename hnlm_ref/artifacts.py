@@ -359,7 +359,7 @@ def run_stage(stage: str, run: Run, knobs: dict, inputs: dict[str, str], key: st
             told = f"{final} holds no manifest.json, so no stage wrote it"
             raise UserError(f"{told}; move it or choose another --run-dir")
         say(f"[{stage}] {final} was made with other knobs, inputs or code; it will be replaced")
-    with _errors_told(stage, partial), _work_in(partial, key) if leads else nullcontext():
+    with _errors_told(stage, partial, run, inputs), _work_in(partial, key) if leads else nullcontext():
         if team:
             team.wait_for_everyone()  # the folder is ready
         result = main(replace(run, out=partial))
@@ -433,20 +433,27 @@ def _work_in(partial: Path, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_told(stage: str, partial: Path) -> Iterator[None]:
-    """One sentence for a full disk and too little memory."""
+def _errors_told(stage: str, partial: Path, run: Run, reads: Iterable[str]) -> Iterator[None]:
+    """One sentence for a full disk, too little memory, and an input that is no longer as its stage wrote it."""
     try:
         yield
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"[{stage}] {error.filename or partial}: {error.strerror or error}") from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        raise UserError(
-            f"[{stage}] out of memory; lower --batch-size (in sft raise --grad-accum as much) or --pool-size, in sft "
-            "set --checkpointing or, on a GPU, --load-in-4bit; on a CPU lower --n-threads (a batch each); what is done "
-            "is kept, the next start goes on"
-        ) from error  # case D21
+    except Exception as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            raise UserError(
+                f"[{stage}] out of memory; lower --batch-size (in sft raise --grad-accum as much) or --pool-size, in "
+                "sft set --checkpointing or, on a GPU, --load-in-4bit; on a CPU lower --n-threads (a batch each); what "
+                "is done is kept, the next start goes on"
+            ) from error  # case D21
+        for name in reads:
+            for file, known in run.manifest(name)["files"].items():
+                if not (path := run.dir / name / file).is_file() or _sha256(path) != known:
+                    told = f"{path} is not what hnlm-ref {name.partition('/')[0]} wrote: damaged, or changed since"
+                    raise UserError(f"{told}; delete {run.dir / name} and run the stage again") from error
+        raise
 
 
 def _team(stage: str, run: Run) -> Any:
