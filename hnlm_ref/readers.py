@@ -106,14 +106,14 @@ class Layout:
     format: str
     kind: str
     columns: dict[str, str]  # role -> column
-    sep: str = ""
-    quote: bool = False  # whether a field may stand in quotes
-    header: bool = True
-    names: tuple[str, ...] = ()
-    encoding: str = "utf-8"
-    gzipped: bool = False
-    unit: str | None = None  # of the times: one of UNITS or "date"; None: the file has none
-    guessed: bool = True  # whether the unit was; then every time is held against it
+    sep: str
+    quote: bool  # whether a field may stand in quotes
+    header: bool
+    names: tuple[str, ...]
+    encoding: str
+    gzipped: bool
+    unit: str | None  # of the times: one of UNITS or "date"; None: the file has none
+    guessed: bool  # whether the unit was; then every time is held against it
 
     def __str__(self) -> str:
         sep = {"\t": "tab", " ": "blanks", "\n": "blanks"}.get(self.sep, repr(self.sep))
