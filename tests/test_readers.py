@@ -94,6 +94,7 @@ LAYOUTS = {
     "movielens-100k": ("196\t242\t3\t881250949", "s", "196", "242"),
     "movielens-100k after a mark": ("\ufeff196\t242\t3\t881250949", "s", "196", "242"),
     "movielens-1m": ("1::1193::5::978300760", "s", "1", "1193"),
+    "movielens-1m with quotes": ('"1"::1193::5::978300760', "s", '"1"', "1193"),
     "movielens": ("userId,movieId,rating,timestamp\n1,2,3.5,1112486027", "s", "1", "2"),
     "recbole": ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t2\t3\t881250949.0", "s", "1", "2"),
     "selfrec": ("1 2 4\n2 1 3.5", None, "1", "2"),
@@ -113,6 +114,7 @@ LAYOUTS = {
     "csv of semicolons in quotes": ('user;item;at:x\n"u;1";i1;2', None, "u;1", "i1"),
     "csv with commas in quotes": ('"user","item","text","date"\nu,i,"a, b",2015-01-01', "date", "u", "i"),
     "csv of five columns between blanks": ("user item rating time weight\nu1 i1 5 1400000000 2", "s", "u1", "i1"),
+    "csv with a carriage return in a field": ("user,item,at\nu1,i1,a\rb", None, "u1", "i1"),
     "csv with two columns of users": ("user_id,userID,item\nu1,u2,i1", None, "u1", "i1"),
     "json with numbers": ('{"user": 7, "item": 10}', None, "7", "10"),
     "json of Python literals with numbers after a mark": ("\ufeff{'user': 7, 'item': 10}", None, "7", "10"),
@@ -441,8 +443,9 @@ def test_a_log_of_no_known_format_and_without_names_is_user_item_rating_time(tmp
         assert layout.columns == {"user": "1", "item": "2", "rating": "3", "time": "4"} and layout.unit == "s"
     named = readers.sniff(tmp_path / "log", "amazon-2018-ratings")  # its ids tell the format, if they are Amazon's
     assert named.columns == {"item": "1", "user": "2", "rating": "3", "time": "4"}
-    (tmp_path / "log").write_text("{u},{i}\n", encoding="utf-8")  # no JSON if a separator is named
-    assert readers.sniff(tmp_path / "log", sep=",", header=False).columns == {"user": "1", "item": "2"}
+    (tmp_path / "log").write_text("{u},{i}\n", encoding="utf-8")  # no JSON if a separator or a format is named
+    for named in ({"sep": ","}, {"name": "csv"}):
+        assert readers.sniff(tmp_path / "log", header=False, **named).columns == {"user": "1", "item": "2"}
     placed = readers.sniff(tmp_path / "log", sep=",", header=False, columns=("item=1", "user=2"))
     assert placed.columns == {"user": "2", "item": "1"}
 
@@ -450,11 +453,12 @@ def test_a_log_of_no_known_format_and_without_names_is_user_item_rating_time(tmp
 @pytest.mark.parametrize("sep", [",", "\t", ";"])
 def test_a_header_is_one_if_the_format_has_one_and_its_names_may_stand_in_quotes(tmp_path, sep):
     """As R writes them; pandas calls columns without names 0, 1, 2."""
-    for names in (('"who"', '"what"'), ("0", "1")):
-        (tmp_path / "log").write_text(f"{sep.join(names)}\nu{sep}i\n", encoding="utf-8")
-        user, item = (name.strip('"') for name in names)
-        layout = readers.sniff(tmp_path / "log", "csv", sep=sep, columns=(f"user={user}", f"item={item}"))
-        assert pl.concat(readers.frames(layout, readers.Bad())).select("user", "item").rows() == [("u", "i")]
+    for names in (('"who"', '"what"', '"when"'), ("0", "1", "2")):
+        (tmp_path / "log").write_text(f"{sep.join(names)}\nu{sep}i{sep}1420070400\n", encoding="utf-8")
+        columns = [f"{role}=" + name.strip('"') for role, name in zip(("user", "item", "time"), names, strict=True)]
+        layout = readers.sniff(tmp_path / "log", "csv", sep=sep, columns=columns)
+        found = pl.concat(readers.frames(layout, readers.Bad())).select("user", "item", "time")
+        assert found.rows() == [("u", "i", 1420070400.0)] and layout.unit == "s"
 
 
 @pytest.mark.parametrize(
@@ -566,6 +570,7 @@ BROKEN = {
     "mixed units": (f"{HEADER}{ONE}\nu2,i2,5,1451606399000\n".encode(), r"line 3: time 1451606399000 cannot be in s"),
     "broken JSON": (b'{"user": "u", "item": "i"}\n{"user": \n', r"line 2: it is no JSON object"),
     "no JSON value": (b"{'user': 'u', 'item': {1}}\n", r"line 1: Object of type set is not JSON"),
+    "JSON over several lines": (b'{\r\n  "user": "u",\r\n  "item": "i"\r\n}\r\n', r"is one JSON value"),
     "JSON list": (b'[{"user": "u"}]', r"is one JSON value"),
     "line breaks in a field": (f'{HEADER}"u\n1",i1,5,1\n\nu2,i2,x,1\n'.encode(), r"log: line 5: rating 'x' is no n"),
     "gzip cut short": (gzip.compress((HEADER + f"{ONE}\n" * 9999).encode())[:-20], r"gzip file is cut short"),
@@ -651,8 +656,10 @@ def test_a_wrong_knob_is_one_sentence(tmp_path, knobs, sentence):
 
 
 def test_a_folder_in_place_of_a_file_and_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="a folder in which no known log is found"):
-        prepare(tmp_path / "run", tmp_path)
+    for name in ("README.md", "train.txt", "valid.txt"):  # of a ready split the test part is wanted
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match="a folder in which no known log is found"):
+            prepare(tmp_path / "run", tmp_path)
     with pytest.raises(UserError, match="no such file"):
         prepare(tmp_path / "run", tmp_path / "nothing.csv")
 
