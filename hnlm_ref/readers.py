@@ -234,8 +234,8 @@ def sniff(
         raise UserError(f"{path}: line 1: the header names column {twice[0]!r} twice; rename one")
     format = name if name != "auto" else _recognise(kind, sep, header, names, lines[0])
     if not header and not columns:
-        order = FORMATS[format].columns or NO_HEADER if roles is LOG_ROLES else ("item", "title", "categories")
-        order = order[: 2 if sep == "|" else None]  # MovieLens u.item: number, title, dates
+        told = ("item", "title") if sep == "|" else ("item", "title", "categories")  # | in u.item: dates come third
+        order = FORMATS[format].columns or NO_HEADER if roles is LOG_ROLES else told
         columns = [f"{role}={place}" for role, place in zip(order, names, strict=False)]
     found = _roles(names, columns, roles, path)
     quote = format != "recbole" and (sep in (",", ";") or (sep in QUOTED and _has_quotes(path, encoding, sep)))

@@ -437,7 +437,7 @@ def test_a_file_is_looked_at_in_whole_lines(tmp_path, monkeypatch):
 
 
 def test_a_log_of_no_known_format_and_without_names_is_user_item_rating_time(tmp_path):
-    for text in ("1 2 5 1400000000\n", "1,2,5,1400000000\n"):
+    for text in ("1 2 5 1400000000\n", "1|2|5|1400000000\n", "1,2,5,1400000000\n"):
         (tmp_path / "log").write_text(text, encoding="utf-8")
         layout = readers.sniff(tmp_path / "log")
         assert layout.columns == {"user": "1", "item": "2", "rating": "3", "time": "4"} and layout.unit == "s"
