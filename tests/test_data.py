@@ -251,13 +251,13 @@ def test_milliseconds_are_found_and_a_mixture_is_refused(case_input, tmp_path):
 
 def test_held_out_rows_older_than_their_users_last_training_row_are_counted(tmp_path):
     """Of u the rows of times 2 and 3 are older than 4, of v none is older than 1; u, b stays in train at 4."""
-    (tmp_path / "test.csv").write_text("user,item,time\nu,d,2\nu,c,3\nu,e,4\nv,b,1\nu,b,0\n", encoding="utf-8")
+    (tmp_path / "test.csv").write_text("user,item,time\nu,d,2\nu,c,3\nu,e,4\nv,b,1\nv,d,2\nu,b,0\n", encoding="utf-8")
     log = "user,item,time\nu,a,1\nu,b,4\nv,a,1\nw,c,1\nw,d,1\nw,e,1\n"
     done = prepare(tmp_path, log, test_file=str(tmp_path / "test.csv"), time_unit="s")
-    assert done.counts["test"] == 4 and done.counts["held-out rows older than their user's last training row"] == 2
+    assert done.counts["test"] == 5 and done.counts["held-out rows older than their user's last training row"] == 2
     assert done.history("u") == ["a", "b"] and done.counts["held-out pairs also in an earlier part"] == 1
     places = prepare(tmp_path, log, test_file=str(tmp_path / "test.csv"), time_unit="order")  # of two files, not times
-    assert places.counts["test"] == 4 and not any("older" in name for name in places.counts)
+    assert places.counts["test"] == 5 and not any("older" in name for name in places.counts)
 
 
 def test_the_parts_of_a_ready_split_have_times_in_one_unit_or_none(tmp_path):
