@@ -291,7 +291,7 @@ def flat_text(value: Any) -> str:
     if is_list and isinstance(found := value_of(value), list):
         value = found
     if isinstance(value, list):
-        return ", ".join(flat_text(member) for member in value if member not in (None, []))
+        return ", ".join(member for member in map(flat_text, value) if member.strip())
     return "" if value is None else str(value)
 
 

@@ -396,6 +396,7 @@ def test_markup_is_cleaned_and_comparisons_are_left(raw, clean):
         ('["a", ["b", ["c"]], 4.5]', "a, b, c, 4.5"),
         ('["a", null]', "a"),
         ("[null]", ""),
+        ('["", "a", " ", [""]]', "a"),  # as in Amazon's descriptions
         ("[Box] of cups", "[Box] of cups"),
         ("['Crime', 'Drama']", "Crime, Drama"),  # Python's, as pandas writes it
         ("[2012]", "[2012]"),  # a title
