@@ -440,6 +440,11 @@ def test_each_reading_of_the_published_sizes_counts_its_own_pairs():
     }
 
 
+def test_pairs_whose_number_has_more_than_32_bits_are_told_apart():
+    keys, user = pl.Series(range(1 << 16)), np.array([0, 1 << 16], np.int32)
+    assert len(data.deduplicate(data.Log(keys, keys, user, 0 * user, 0 * user), "first", {})) == 2
+
+
 def test_reviews_are_those_of_the_rows_that_stay_cut_and_the_smaller_of_two(tmp_path):
     log = "user,item,time,text\nv,a,1,\nu,b,2,bb bb\nu,a,1,z\nu,a,1,y\nu,a,3,x\n"
     prepare(tmp_path, log, review_chars=4)
