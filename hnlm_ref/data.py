@@ -247,9 +247,8 @@ def split(
 
 def unseen(log: Log, drop: bool, counts: dict) -> Log:
     """Count the held-out rows whose user or item has no training row, and leave them out if asked (cases A15, G08)."""
-    held = log.part > 0
-    new_user = held & ~np.isin(log.user, log.user[~held])
-    new_item = held & ~np.isin(log.item, log.item[~held])
+    train = log.part == 0
+    new_user, new_item = (~np.isin(numbers, numbers[train]) for numbers in (log.user, log.item))
     counts["held-out rows of unseen users"] = int(new_user.sum())
     counts["held-out rows of unseen items"] = int(new_item.sum())
     left_out = (new_user | new_item) & drop  # a row may be both
