@@ -119,13 +119,14 @@ def slow_prep(log, seed, min_rating, duplicates, k, how, valid_ratio, test_ratio
     return parts, users, items, histories
 
 
-KEYS = st.sampled_from(["1", "7", "07", "7.0", "10", "2", "é", "B", "a", "None", "ß x"])
-LOGS = st.lists(st.tuples(KEYS, KEYS, st.sampled_from([1, 3, 4, 4.5, 5]), st.integers(0, 6)), min_size=1, max_size=40)
+USERS, ITEMS = st.sampled_from(["7", "07", "7.0", "10", "é"]), st.sampled_from(["10", "2", "B", "a", "None", "ß x"])
+ROWS = st.tuples(USERS, ITEMS, st.sampled_from([1, 4, 4.5, 5]), st.integers(0, 6))
+LOGS = st.integers(1, 25).flatmap(lambda n: st.lists(ROWS, min_size=n, max_size=40))  # dense: most leave something
 HOWS = st.sampled_from(["ratio", "ratio-global", "leave-one", "leave-two", "time"])
 RATIOS = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.4])
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     log=LOGS, seed=st.integers(0, 3), k=st.integers(1, 3), how=HOWS, valid_ratio=RATIOS, test_ratio=RATIOS,
     min_rating=st.sampled_from([1.0, 4.0]), duplicates=st.sampled_from(["first", "last"]),
