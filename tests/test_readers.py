@@ -116,7 +116,7 @@ LAYOUTS = {
     "csv of five columns between blanks": ("user item rating time weight\nu1 i1 5 1400000000 2", "s", "u1", "i1"),
     "csv with a carriage return in a field": ("user,item,at\nu1,i1,a\rb", None, "u1", "i1"),
     "csv with two columns of users": ("user_id,userID,item\nu1,u2,i1", None, "u1", "i1"),
-    "json with numbers": ('{"user": 7, "item": 10}', None, "7", "10"),
+    "json with numbers": (' {"user": 7, "item": 10}', None, "7", "10"),
     "json of Python literals with numbers after a mark": ("\ufeff{'user': 7, 'item': 10}", None, "7", "10"),
     "csv after a blank line": ("\n \nuser,item\nu1,i1", None, "u1", "i1"),
     "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
