@@ -126,7 +126,7 @@ HOWS = st.sampled_from(["ratio", "ratio-global", "leave-one", "leave-two", "time
 RATIOS = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.4])
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     log=LOGS, seed=st.integers(0, 3), k=st.integers(1, 3), how=HOWS, valid_ratio=RATIOS, test_ratio=RATIOS,
     min_rating=st.sampled_from([1.0, 4.0]), duplicates=st.sampled_from(["first", "last"]),
