@@ -450,7 +450,7 @@ def _errors_told(stage: str, partial: Path, run: Run, reads: Iterable[str]) -> I
             ) from error  # case D21
         for name in reads:
             for file, known in run.manifest(name)["files"].items():
-                if not (path := run.dir / name / file).is_file() or _sha256(path) != known:
+                if (path := run.dir / name / file).is_file() and _sha256(path) != known:
                     told = f"{path} is not what hnlm-ref {name.partition('/')[0]} wrote: damaged, or changed since"
                     raise UserError(f"{told}; delete {run.dir / name} and run the stage again") from error
         raise

@@ -256,8 +256,7 @@ def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path, erro
         run_stage("sft", Run(tmp_path), {}, {}, "key", broken)
 
 
-@pytest.mark.parametrize("damage", ["changed", "gone"])
-def test_what_fails_on_an_input_that_is_not_as_its_stage_wrote_it_is_told_as_that(tmp_path, damage):
+def test_what_fails_on_an_input_that_is_not_as_its_stage_wrote_it_is_told_as_that(tmp_path):
     run, calls = Run(tmp_path), []
     stage(run, "prep", 1, calls)
     (file,) = (tmp_path / "prep" / name for name in run.manifest("prep")["files"])
@@ -268,7 +267,7 @@ def test_what_fails_on_an_input_that_is_not_as_its_stage_wrote_it_is_told_as_tha
     inputs = run.inputs(["prep"])
     with pytest.raises(ValueError, match=r"zip\(\) argument 2 is longer"):  # it is whole, so the fault is another
         run_stage("sft", run, {}, inputs, "key", failing)
-    file.write_bytes(b"other") if damage == "changed" else file.unlink()
+    file.write_bytes(b"other")
     with pytest.raises(UserError, match=rf"{file} is not what hnlm-ref prep wrote: .*; delete {tmp_path / 'prep'} and"):
         run_stage("sft", run, {}, inputs, "key", failing)
 

@@ -181,7 +181,8 @@ def test_recommendations_of_many_users_stream_to_disk(tmp_path):
     n_users, n_items, run = 40_000, 50, tmp_path / "run"
     for stage in ("prep", "eval", "train/mf/seed0"):
         (run / stage).mkdir(parents=True)
-        manifest = {"counts": {"items": n_items}, "timing": {}, "knobs": {}, "fingerprint": stage, "inputs": {}}
+        counts = {"users": n_users, "items": n_items}
+        manifest = {"counts": counts, "timing": {}, "knobs": {}, "fingerprint": stage, "inputs": {}}
         save_json(run / stage / "manifest.json", manifest)
     save_json(run / "eval" / "metrics.json", {"k": [20], "methods": {"mf": {"seed0": {}}}})
     save_jsonl(run / "prep" / "users.jsonl", ({"user": n, "key": f"u{n}"} for n in range(n_users)))
