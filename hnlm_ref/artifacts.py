@@ -287,10 +287,10 @@ class Run:
         return self.manifest(stage)["fingerprint"]
 
     def prep(self) -> Prep:
-        folder = self.folder("prep")
+        folder, counts = self.dir / "prep", self.manifest("prep")["counts"]
         users, items = load_jsonl(folder / "users.jsonl"), load_jsonl(folder / "items.jsonl")
         for side, found in (("users", users), ("items", items)):  # a copy may have been cut short between two lines
-            if len(found) != (wanted := self.manifest("prep")["counts"][side]):
+            if len(found) != (wanted := counts[side]):
                 raise UserError(f"{folder / side}.jsonl holds {len(found)} of {wanted} lines; get the whole file again")
         train, valid = (load_csr(folder, part, len(items)) for part in ("train", "valid"))
         return Prep(users, items, train, valid, load_npy(folder / "train.order.npy"))
@@ -303,6 +303,13 @@ class Run:
         """Raises UserError where prep held out nothing for the test: known before anything is trained."""
         if not self.manifest("prep")["counts"]["test"]:
             raise UserError(f"{self.dir / 'prep'} holds no test items to evaluate; run prep with a test_ratio above 0")
+
+    def changed(self, reads: Iterable[str]) -> Iterator[tuple[str, Path]]:
+        """Files of these stages that are no longer what their manifests say, each with its stage."""
+        for stage in reads:
+            for file, known in self.manifest(stage)["files"].items():
+                if (path := self.dir / stage / file).is_file() and _sha256(path) != known:
+                    yield stage, path
 
     def trained(self) -> list[str]:
         """Folders of every training this run asks for: methods x seeds, in order."""
@@ -448,11 +455,9 @@ def _errors_told(stage: str, partial: Path, run: Run, reads: Iterable[str]) -> I
                 "sft set --checkpointing or, on a GPU, --load-in-4bit; on a CPU lower --n-threads (a batch each); what "
                 "is done is kept, the next start goes on"
             ) from error  # case D21
-        for name in reads:
-            for file, known in run.manifest(name)["files"].items():
-                if (path := run.dir / name / file).is_file() and _sha256(path) != known:
-                    told = f"{path} is not what hnlm-ref {name.partition('/')[0]} wrote: damaged, or changed since"
-                    raise UserError(f"{told}; delete {run.dir / name} and run the stage again") from error
+        for name, path in run.changed(reads):
+            told = f"{path} is not what hnlm-ref {name.partition('/')[0]} wrote: damaged, or changed since"
+            raise UserError(f"{told}; delete {run.dir / name} and run the stage again") from error
         raise
 
 

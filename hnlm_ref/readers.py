@@ -195,8 +195,10 @@ def sniff(
             head += more
     if not head.strip():
         raise UserError(f"{path} is empty")
-    if head.startswith(b"PK\x03\x04") or (gzipped and head.startswith(b"PAR1")):
-        raise UserError(f"{path} is a zip archive, or a Parquet file in gzip; unpack it first")
+    if head.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path} is a zip archive; unpack it first")
+    if gzipped and head.startswith(b"PAR1"):
+        raise UserError(f"{path} is a Parquet file in gzip; unpack it first")
     given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
     try:
         "a".encode(encoding)  # not hex, zip, rot13 ...

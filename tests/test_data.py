@@ -381,6 +381,7 @@ def test_a_share_that_ends_in_a_half_is_rounded_up(tmp_path):
         ("&amp;quot;Best&amp;quot; &reg;", '"Best" ®'),
         ("<b>Big</b><br/>red <a href='x'>box</a>", "Big red box"),
         ('<span class="a-size-medium a-color-secondary a-text-normal', ""),
+        ("<script>var x = 1;</script>Plain", "Plain"),
         ("<SCRIPT>var x;\nx = 1;</SCRIPT>Plain<BR>", "Plain"),
         ("var aPageStart = (new Date()).getTime();\nvar ue_t0=ue_t0||+new Date();", ""),
         (".a-box-inner{ background-color:#fff } #alohaBuyBoxWidget", ""),
@@ -561,17 +562,18 @@ def test_describe_tells_what_a_log_is_and_writes_nothing(case_input, tmp_path):
         assert data.describe(str(tmp_path / "log")).splitlines()[3:] == ["no ratings", "largest k with a k-core: 1"]
 
 
-def test_describe_tells_of_a_folder_every_line_it_should(tmp_path):
-    """Three users, three items, five of nine cells; the first millisecond of 2015 and the last of 2014."""
+@pytest.mark.parametrize(("unit", "new_year"), [("s", 1420070400), ("ms", 1420070400000)])
+def test_describe_tells_of_a_folder_every_line_it_should(tmp_path, unit, new_year):
+    """Three users, three items, five of nine cells; the first second or millisecond of 2015 and the last of 2014."""
     taken = ["a x 5", "a y 5", "b x 5", "b y 5", "c z 4", "a x 1"]
-    lines = [f"{row} {1420070400000 - (row == 'c z 4')}" for row in taken] + ["d x good 1420070400000"] * 12
+    lines = [f"{row} {new_year - (row == 'c z 4')}" for row in taken] + [f"d x good {new_year}"] * 12
     head = "user_id:token item_id:token rating:float timestamp:float"
     (tmp_path / "l.train.inter").write_text("\n".join([head, *lines]).replace(" ", "\t"), encoding="utf-8")
     (tmp_path / "l.item").touch()
     (tmp_path / "l.test.inter").touch()
     columns = "user=user_id:token item=item_id:token rating=rating:float time=timestamp:float"
     assert data.describe(str(tmp_path)).splitlines() == [
-        f"{tmp_path / 'l.train.inter'}: recbole, separator tab, utf-8, time in ms, {columns}",
+        f"{tmp_path / 'l.train.inter'}: recbole, separator tab, utf-8, time in {unit}, {columns}",
         f"item texts: {tmp_path / 'l.item'}",
         f"test: {tmp_path / 'l.test.inter'}",
         "6 rows, 12 that cannot be read, 1 repeated pairs",

@@ -116,7 +116,9 @@ LAYOUTS = {
     "csv of five columns between blanks": ("user item rating time weight\nu1 i1 5 1400000000 2", "s", "u1", "i1"),
     "csv with a carriage return in a field": ("user,item,at\nu1,i1,a\rb", None, "u1", "i1"),
     "csv with two columns of users": ("user_id,userID,item\nu1,u2,i1", None, "u1", "i1"),
-    "json with numbers": (' {"user": 7, "item": 10}', None, "7", "10"),
+    "json with numbers": ('{"user": 7, "item": 10}', None, "7", "10"),
+    "json with numbers after a blank": (' {"user": 7, "item": 10}', None, "7", "10"),
+    "json of Python literals with numbers": ("{'user': 7, 'item': 10}", None, "7", "10"),
     "json of Python literals with numbers after a mark": ("\ufeff{'user': 7, 'item': 10}", None, "7", "10"),
     "csv after a blank line": ("\n \nuser,item\nu1,i1", None, "u1", "i1"),
     "csv": ("who;item;user\nx;i1;u1", None, "u1", "i1"),
@@ -656,10 +658,10 @@ def test_a_wrong_knob_is_one_sentence(tmp_path, knobs, sentence):
 
 
 def test_a_folder_in_place_of_a_file_and_a_file_that_is_not_there(tmp_path):
-    for name in ("README.md", "train.txt", "valid.txt"):  # of a ready split the test part is wanted
-        (tmp_path / name).touch()
+    for name in ("README.md", "train.txt", "valid.txt", ""):  # of a ready split the test part is wanted
         with pytest.raises(UserError, match="a folder in which no known log is found"):
             prepare(tmp_path / "run", tmp_path)
+        (tmp_path / name).touch()
     with pytest.raises(UserError, match="no such file"):
         prepare(tmp_path / "run", tmp_path / "nothing.csv")
 
@@ -712,10 +714,10 @@ def test_a_parquet_file_without_rows_or_cut_short_and_a_zip_archive_are_refused(
             prepare(tmp_path / "run", tmp_path / "log")
 
     (tmp_path / "log").write_bytes(b"PK\x03\x04" + bytes(100))
-    with pytest.raises(UserError, match=r"is a zip archive, .*; unpack it first"):
+    with pytest.raises(UserError, match="is a zip archive; unpack it first"):
         prepare(tmp_path / "run", tmp_path / "log")
     (tmp_path / "log").write_bytes(gzip.compress((tmp_path / "whole").read_bytes()))
-    with pytest.raises(UserError, match=r"a Parquet file in gzip; unpack it first"):
+    with pytest.raises(UserError, match="is a Parquet file in gzip; unpack it first"):
         prepare(tmp_path / "run", tmp_path / "log")
 
 

@@ -446,8 +446,9 @@ def test_a_model_or_prompts_that_cannot_be_used_are_told_before_the_warm_up(toy_
         run_stage("sft", with_prep(toy_run, tmp_path / "run"), "--model", tmp_path)
     longest: list[int] = []
     monkeypatch.setattr(llm, "check_rows", lambda _name, _model, most: longest.append(most))
+    told = "max_user_tokens and max_item_tokens leave no room beside the instructions"
     for n_tokens in (9, 1):
-        with pytest.raises(UserError, match="max_user_tokens and max_item_tokens leave no room beside the instr"):
+        with pytest.raises(UserError, match=told):
             run_stage("sft", with_prep(toy_run, tmp_path / f"{n_tokens}"), "--max-user-tokens", n_tokens)
     assert longest == [9 + 64, 1 + 64 + 1]  # the preset's item tokens; those of a text, with BOS and EOS
 
