@@ -6,6 +6,8 @@ current vectors and settles each row's negatives. A tie goes to the first candid
 """
 
 import contextlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,16 +230,24 @@ def semantic_guard(item_text: np.ndarray, train: Csr, threshold: float) -> Csr:
     item_text   float32 [I, d_llm] (sft/item_text.npy); an item without a text has a zero vector and cosine 0
     """
     text = functional.normalize(torch.from_numpy(item_text))
-    found = []
+
+    def cosines() -> Iterator[Tensor]:
+        """Of every training pair's item with all items, float32 [I] each."""
+        n_together = max(1, (1 << 26) // len(text))  # thin products are slow, all of them at once may be many GB
+        for start in range(0, train.nnz, n_together):
+            own, place = np.unique(train.indices[start : start + n_together], return_inverse=True)
+            yield from map(functional.linear(text[own], text).__getitem__, place)
+
+    found, rows = [], cosines()
     with losses.one_thread():
         for user in progress(range(train.n_rows), desc="guard", unit="user"):
             own, blocked = train.row(user), np.empty(0, np.int32)
+            largest = 3 * [text.new_full((len(text),), -torch.inf)]
+            for row in itertools.islice(rows, len(own)):
+                for n, other in enumerate(largest):
+                    largest[n], row = torch.maximum(other, row), torch.minimum(other, row)
             if 0 < len(own) < train.n_cols:
-                best = text.new_empty(0, len(text))
-                for some in torch.from_numpy(own).split(1024):  # cosines with all of a user's items may be many GB
-                    best = torch.cat([best, functional.linear(text[some], text)])
-                    best = best.topk(min(3, len(best)), dim=0).values
-                near = best.mean(0).numpy()  # [I]
+                near = torch.stack(largest[: len(own)]).mean(0).numpy()  # [I]
                 others = np.delete(near, own)
                 blocked = np.flatnonzero(near - others.mean() > threshold * others.std()).astype(np.int32)
             found.append(blocked)
