@@ -7,13 +7,12 @@ log.jsonl.
     python stages/02_sft.py --preset toy     # about 15 s on a CPU
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, file_fingerprint, load_json, load_npy, own_share, resolve_path, save_jsonl, save_npy
-from hnlm_ref.console import UserError, progress, say
+from hnlm_ref.artifacts import Run, file_fingerprint, load_json, load_npy, resolve_path, save_jsonl, save_npy
+from hnlm_ref.console import UserError, say
 from hnlm_ref.knobs import StageCommand, knob
 
 
@@ -76,7 +75,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     from hnlm_ref.negatives import mine_triplets
     from hnlm_ref.prompts import check_words, item_words
     from hnlm_ref.samplers import semantic_guard
-    from hnlm_ref.training import load_checkpoint, save_checkpoint, warm_up
+    from hnlm_ref.training import warm_up
+    from hnlm_ref.tuning import tune
 
     prep, out, device = run.prep(), run.out, run.device
     if cfg.target == "text" or cfg.guard_threshold is not None:
@@ -139,9 +139,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if not users:
         left = f"only {len(mined)} users have an item not taken, nor refused by guard_threshold, as a negative"
         raise UserError(f"{left}; at least one to tune on and one held out are needed")
-    counted = {"users without an item to mine": len(some) - len(mined)}
-    counted["model fingerprint"] = file_fingerprint(resolve_path(cfg.model))
-    counted["dtype"] = str(base.dtype).removeprefix("torch.")
+    n_without = len(some) - len(mined)
     mined = {u: mined[u] for u in (*held_out, *users)}
     if team.is_main_process:
         triplets = (
@@ -166,10 +164,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
         model.load_projections(resolve_path(cfg.init_from), head=False)
     if cfg.checkpointing:  # not reentrant, so that gradients reach LoRA although the weights are frozen (case D10)
         lora.gradient_checkpointing_enable({"use_reentrant": False})
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    learnt = {name: t for name, t in model.state_dict().items() if name in trainable or name.startswith("head.")}
-    groups = [{"params": [p for n, p in trainable.items() if ("lora_" in n) is lora]} for lora in (True, False)]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
 
     def read(some: list[int]) -> tuple[torch.Tensor, ...]:
         """h [B, d_llm] and its head [B, d_out] for these users' pairs, their numbers u, i [B], and j [B, m]."""
@@ -191,87 +185,26 @@ def main(cfg: SftConfig, run: Run) -> dict:
         objective = loss + cfg.own_weight * own + cfg.catalogue_weight * catalogue
         return {"objective": objective, "loss": loss, "own_loss": own, "catalogue_loss": catalogue}
 
-    def look() -> dict:
-        """Losses and accuracy on the held-out triplets, and where j ranks in the catalogue by cos(h, .)."""
-        model.eval()
-        n, totals = 0, Counter()
-        for _, o, u, i, j in llm.in_parallel(read, llm.cut(held_out, cfg.batch_size), device):
-            cosine = torch.nn.functional.normalize(o, dim=1) @ torch.nn.functional.normalize(targets, dim=1).T  # [B, I]
-            to_p, to_n = cosine.gather(1, j), cosine.gather(1, i[:, None])
-            figures = all_losses(o, u, i, j)
-            figures["accuracy"] = (to_p > to_n).float().mean()
-            figures["rank_of_positive"] = (cosine[:, None] > to_p[:, :, None]).float().mean()
-            totals.update({f"held_out_{name}": len(u) * float(figure) for name, figure in figures.items()})
-            n += len(u)
-        found = {name: round(total / n, 6) for name, total in totals.items()}
-        if not np.isfinite(list(found.values())).all():  # case E11
-            cure = f"lr {cfg.lr} may be too large" if state["step"] else "raise n_users, pairs_per_user or probe_users"
-            raise UserError(f"step {state['step']}: a loss is not finite; {cure}")
-        return found
-
-    # Every epoch its own order; micro-batch m of step s is the same whenever and wherever it is computed. Processes
-    # share the micro-batches of a step and sum their gradients; everything else each of them does alike.
-    n_per_epoch = -(-len(users) // (cfg.batch_size * cfg.grad_accum))
-    n_steps, checkpoint = cfg.n_epochs * n_per_epoch, out / "checkpoint.safetensors"
-    state: dict = {"step": 0, "log": [], "best": 1}  # best: place of its look in the log
-    seen = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses since the last look, and how many
-    if checkpoint.exists():
-        state, best = load_checkpoint(checkpoint, optimiser, model)
-        say(f"[sft] going on after step {state['step']} of {n_steps}")
-    else:
-        state["log"].append({"step": 0, "head": "random", **look()})
-        # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
-        # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
-        probed = llm.in_parallel(read, llm.cut(users[: cfg.probe_users], cfg.batch_size), device)
-        h, _, _, i, j = (torch.cat(x) for x in zip(*probed, strict=True))
-        unit = torch.nn.functional.normalize(targets, dim=1)
-        wanted = torch.nn.functional.normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i]  # [B, d_out]
-        model.head.solve(h, wanted)
-        state["log"].append({"step": 0, "head": "solved", **look()})
-        say("\n".join(f"[sft] {line}" for line in state["log"]))
-        best = {name: t.clone() for name, t in learnt.items()}
-    started = state["step"]
-    for step in progress(range(started, n_steps), initial=started, total=n_steps, desc="tuning", unit="step"):
-        if len(state["log"]) - 1 - state["best"] >= cfg.patience:
-            break
-        model.train()
-        epoch, place = divmod(step, n_per_epoch)
-        batches = llm.cut(np.random.default_rng([run.seed, epoch]).permutation(users).tolist(), cfg.batch_size)
-        total = [torch.zeros_like(p) for p in trainable.values()]
-        for number, some, counts in own_share(batches[place * cfg.grad_accum :][: cfg.grad_accum], team):
-            seed = hash((run.seed, step, number))
-            figures, gradients = llm.gradients(model, lambda some: read(some)[1:], some, all_losses, seed)
-            for so_far, gradient in zip(total, gradients, strict=True):
-                so_far.add_(gradient, alpha=counts / cfg.grad_accum)
-            seen += counts * torch.tensor([figures["loss"].item(), 1.0], device=device)
-        for p, gradient in zip(trainable.values(), accelerate.utils.reduce(total, "sum"), strict=True):
-            p.grad = gradient
-        rate = min((step + 1) / (cfg.warmup_steps + 1), 1 - step / n_steps)
-        for group, lr in zip(optimiser.param_groups, (cfg.lr, cfg.lr_new), strict=True):
-            group["lr"] = lr * rate
-        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
-        optimiser.step()
-        state["step"] = step + 1
-        if state["step"] % cfg.eval_every == 0 or state["step"] == n_steps:
-            loss_sum, n = accelerate.utils.reduce(seen, "sum").tolist()
-            seen.zero_()
-            line = {"step": state["step"], "loss": round(loss_sum / n, 6), **look()}
-            state["log"].append(line)
-            say(f"[sft] {line}")
-            if line["held_out_objective"] < state["log"][state["best"]]["held_out_objective"]:
-                state["best"], best = len(state["log"]) - 1, {name: t.clone() for name, t in learnt.items()}
-            if team.is_main_process:
-                save_checkpoint(checkpoint, optimiser, state, learnt, best)
+    # Tune, and keep the weights that are best on the held-out triplets.
+    schedule = ("lr", "lr_new", "n_epochs", "batch_size", "grad_accum", "warmup_steps", "eval_every", "patience")
+    options = {name: getattr(cfg, name) for name in (*schedule, "probe_users")}
+    options |= {"team": team, "seed": run.seed, "checkpoint": out / "checkpoint.safetensors"}
+    done = tune(model, read, all_losses, targets, users, held_out, **options)
     if not team.is_main_process:
         return {}
-
-    # Keep the weights of the best look.
-    model.load_state_dict(best, strict=False)
     model.save(out)
-    save_jsonl(out / "log.jsonl", state["log"])
-    counted |= {"triplets": n_triplets, "steps": state["step"], "before": state["log"][0]}
-    counted["kept"] = state["log"][state["best"]]
-    return {"counts": counted}
+    save_jsonl(out / "log.jsonl", done["log"])
+    return {
+        "counts": {
+            "users without an item to mine": n_without,
+            "model fingerprint": file_fingerprint(resolve_path(cfg.model)),
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "triplets": n_triplets,
+            "steps": done["step"],
+            "before": done["log"][0],
+            "kept": done["log"][done["best"]],
+        }
+    }
 
 
 def files(cfg: SftConfig) -> list[str]:
