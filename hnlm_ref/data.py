@@ -194,7 +194,11 @@ def n_ties(log: Log) -> int:
 
 
 def halves_up(share: Any) -> Any:
-    """Whole numbers of rows, halves rounded up, also where floating point has a little less: 50 * 0.29, 5.6 - 2.1."""
+    """Whole numbers of rows, halves rounded up, also where floating point has a little less: 50 * 0.29, 5.6 - 2.1.
+
+    >>> int(50 * 0.29 + 0.5), int(halves_up(50 * 0.29))
+    (14, 15)
+    """
     return np.floor(np.round(share, 6) + 0.5).astype(np.int64)
 
 
@@ -276,7 +280,11 @@ JUNK = re.compile(r"getTime\(|var aPageStart|^\s*[.#][\w-]+\s*\{")  # scripts an
 
 
 def clean_text(text: str) -> str:
-    """Entities resolved (twice: some are packed twice), tags and the scraper's scripts removed, blanks joined."""
+    """Entities resolved (twice: some are packed twice), tags and the scraper's scripts removed, blanks joined.
+
+    >>> clean_text("Salt &amp;amp; <b>Pepper</b>  5 < 6")
+    'Salt & Pepper 5 < 6'
+    """
     text = no_half_characters(html.unescape(html.unescape(text)))
     return "" if JUNK.search(text) else " ".join(TAG.sub(" ", text).split())
 

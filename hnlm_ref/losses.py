@@ -74,7 +74,11 @@ def scores_of(user_emb: Tensor, item_emb: Tensor, candidates: Tensor) -> Tensor:
 
 
 def mix(hard: Tensor, sampled: Tensor, alpha: float) -> Tensor:
-    """e_minus = alpha e_hard + (1 - alpha) e_j; hard [P, d], sampled [P, n, d] -> [P, n, d] (case E06)."""
+    """e_minus = alpha e_hard + (1 - alpha) e_j; hard [P, d], sampled [P, n, d] -> [P, n, d] (case E06).
+
+    >>> mix(hard=torch.tensor([[1.0, 0.0]]), sampled=torch.tensor([[[0.0, 1.0]]]), alpha=0.25)
+    tensor([[[0.2500, 0.7500]]])
+    """
     return alpha * hard[:, None].expand_as(sampled) + (1 - alpha) * sampled
 
 
@@ -82,6 +86,9 @@ def score_gaps(user_emb: Tensor, pos_emb: Tensor, neg_emb: Tensor) -> Tensor:
     """s_uj - s_ui of every negative, [B, d], [B, d], [B, n, d] -> [B, n]: what both ranking losses look at.
 
     As e_u (e_j - e_i), which is one product, and one in its gradient, where two scores are two.
+
+    >>> score_gaps(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]))
+    tensor([[ 1., -1.]])
     """
     away = neg_emb - pos_emb[:, None].expand_as(neg_emb)  # [B, d] for [B, 1, d] would become [B, B, d]
     return (away * user_emb[:, None]).sum(-1)
@@ -91,13 +98,20 @@ def bpr_loss(gaps: Tensor) -> Tensor:
     """log(1 + sum over negatives of exp(s_uj - s_ui)), mean over the batch (Rendle et al. 2009; several: case E15).
 
     gaps [B, n]. In softplus form: never log(sigmoid), nothing added inside a log (cases E02, X25).
+
+    >>> bpr_loss(torch.tensor([[0.0, 0.0]])).exp()  # two negatives that score as the positive does: ln 3
+    tensor(3.)
     """
     gaps = gaps if gaps.shape[1] == 1 else gaps.logsumexp(1)  # of one it is slow and no change
     return total(functional.softplus(gaps)) / len(gaps)
 
 
 def hinge_loss(gaps: Tensor, margin: float) -> Tensor:
-    """max(0, margin - s_ui + s_uj), mean over batch and negatives: the released code's ranking loss (case X10)."""
+    """max(0, margin - s_ui + s_uj), mean over batch and negatives: the released code's ranking loss (case X10).
+
+    >>> hinge_loss(torch.tensor([[-1.0, 0.25]]), margin=0.25)  # 0 and 0.5
+    tensor(0.2500)
+    """
     return total(functional.relu(margin + gaps)) / gaps.numel()
 
 
@@ -105,13 +119,21 @@ def contrast_loss(anchor: Tensor, positive: Tensor, negative: Tensor, temperatur
     """softplus((cos(a, n) - cos(a, p)) / tau), mean over rows; all [P, d], no row gives 0 (E03).
 
     L_cl with e_u, e_i and e_hard; in tuning, with h, a triplet's positive and its own negative.
+
+    >>> a = torch.tensor([[1.0, 0.0]])
+    >>> contrast_loss(a, positive=a, negative=2 * a, temperature=0.2).exp()  # lengths do not count: ln 2
+    tensor(2.)
     """
     gap = functional.cosine_similarity(anchor, negative) - functional.cosine_similarity(anchor, positive)
     return total(functional.softplus(gap / temperature)) / max(len(gap), 1)
 
 
 def anchor_loss(hard_emb: Tensor, target_emb: Tensor) -> Tensor:
-    """Half the squared distance of e_hard from its mined item's vector, which is held fixed; [P, d], no row gives 0."""
+    """Half the squared distance of e_hard from its mined item's vector, which is held fixed; [P, d], no row gives 0.
+
+    >>> anchor_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]]))
+    tensor(12.5000)
+    """
     return 0.5 * total((hard_emb - target_emb.detach()).square()) / max(len(hard_emb), 1)
 
 
@@ -119,6 +141,10 @@ def l2_loss(table: Tensor, *rows: Tensor) -> Tensor:
     """Half the sum of squares of the batch's ego vectors over the batch size (LightGCN's rule; case E04).
 
     table [U + I, d], not propagated; rows int64 [B] or [B, n], a vector that is there twice counts twice
+
+    >>> table = torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 3.0]])  # a user and two items
+    >>> l2_loss(table, torch.tensor([0]), torch.tensor([1]), torch.tensor([[2]]))  # (2 + 4 + 9) / 2
+    tensor(7.5000)
     """
     counts = torch.cat([r.flatten() for r in rows]).bincount(minlength=len(table))  # cheaper than gathering vectors
     return _CountedSquares.apply(table, counts) / (2 * len(rows[0]))
@@ -142,6 +168,9 @@ def info_nce(a: Tensor, b: Tensor, temperature: float, own: Tensor | None = None
     """-log softmax of cos(a_r, b_own) / tau among all cos(a_r, b_r'), mean over rows of a (XSimGCL, RLMRec).
 
     a, b  [B, d], or b [I, d] with `own` int64 [B]: the row of b that belongs to each of a; not given: the r-th
+
+    >>> info_nce(torch.ones(1, 2), torch.ones(4, 2), 0.2, torch.tensor([3])).exp()  # four alike: ln 4
+    tensor(4.)
     """
     logits = functional.normalize(a, dim=1) @ functional.normalize(b, dim=1).T / temperature  # [B, B] or [B, I]
     return functional.cross_entropy(logits, torch.arange(len(a), device=a.device) if own is None else own)
@@ -158,6 +187,10 @@ def sft_loss(
     out, positive, negative  [B, d]: h, the mined hard negative, the item that was taken
     users, items             int64 [B]: a column of the same user or the same item is left out, the row's own stays
     In softplus form, finite in every dtype: cosines -1 and 1 at tau 0.05 give 40 (cases D13, X28, X29).
+
+    >>> h, p, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    >>> sft_loss(h, p, n, torch.tensor([0]), torch.tensor([0]), temperature=0.05)
+    tensor(40.)
     """
     out, positive, negative = (functional.normalize(x, dim=1) for x in (out, positive, negative))
     gap = (out @ negative.T - (out * positive).sum(1, keepdim=True)) / temperature  # [B, B]

@@ -30,6 +30,13 @@ def evaluate(
     held_out  the items to be found
     Returns   {"recall@10": float64 [U], ...} for each metric and each K, all from one pass (case G04)
     Raises    ValueError naming the first user or item with a non-finite vector (case C11)
+
+    A user who took item 0 and is to be shown item 3 finds it in the second place:
+
+    >>> exclude, held_out = (Csr.from_pairs(np.array([0]), np.array([item]), n_rows=1, n_cols=4) for item in (0, 3))
+    >>> found = evaluate(np.ones((1, 1)), np.array([[9.0], [1.0], [3.0], [2.0]]), exclude, held_out, ks=(1, 2))
+    >>> [round(float(found[column][0]), 4) for column in ("recall@1", "recall@2", "ndcg@2", "mrr@2")]
+    [0.0, 1.0, 0.6309, 0.5]
     """
     user_emb, item_emb = (np.ascontiguousarray(table, np.float32) for table in (user_emb, item_emb))
     graphs = exclude.indptr, exclude.indices, held_out.indptr, held_out.indices
@@ -88,6 +95,9 @@ def sign_flip_p(a: np.ndarray, b: np.ndarray) -> float:
     Exact (all 2^n sign patterns) up to 16 users that differ, sampled with the identity counted above that.
     All differences zero give 1.
     Raises ValueError when the lengths or the users with NaN differ, or no user is left.
+
+    >>> sign_flip_p(np.array([0.3, 0.2, 0.5]), np.array([0.1, 0.1, 0.4]))  # 2 of the 8 patterns go as far
+    0.25
     """
     if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any() or np.isnan(a).all():
         raise ValueError(f"the two runs do not hold the same users: {a.shape} and {b.shape}")

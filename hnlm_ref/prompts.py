@@ -108,6 +108,11 @@ def parse_reply(raw: str, key: str, positive_title: str | None = None) -> Reply:
     """Read the value of `key` from the first complete JSON object that has it, reasoning blocks dropped (case D01).
 
     Invalid JSON is not repaired. Equality with the positive ignores case and outer blanks.
+
+    >>> parse_reply('<think>{...}</think> Sure: {"hard_negative_item": "Heat (1995)"}', NEGATIVE_KEY, "Ronin").text
+    'Heat (1995)'
+    >>> parse_reply('{"hard_negative_item": "ronin "}', NEGATIVE_KEY, "Ronin").status
+    'is_positive'
     """
     raw = no_half_characters(raw)
     text = re.sub(r"<think>.*?(</think>|\Z)", "", raw, flags=re.DOTALL)

@@ -78,7 +78,12 @@ ENCODERS = {"mf": Encoder, "lightgcn": LightGCN}  # each is made by (train, dim,
 
 
 def normalised_graph(train: Csr) -> Tensor:
-    """The user-item graph, sparse CSR float32 [U + I, U + I]: weight 1 / sqrt(d_u d_i) both ways (case E05)."""
+    """The user-item graph, sparse CSR float32 [U + I, U + I]: weight 1 / sqrt(d_u d_i) both ways (case E05).
+
+    >>> train = Csr.from_pairs(np.array([0, 0, 0, 0]), np.arange(4), n_rows=1, n_cols=4)  # a user of four items
+    >>> normalised_graph(train).to_dense()[0]
+    tensor([0.0000, 0.5000, 0.5000, 0.5000, 0.5000])
+    """
     users, items = train.pairs().T
     n = train.n_rows + train.n_cols
     both = Csr.from_pairs(np.r_[users, items + train.n_rows], np.r_[items + train.n_rows, users], n, n)

@@ -51,6 +51,10 @@ def pick_adaptive(scores: Tensor, pos_scores: Tensor, alpha: float, beta: float,
 
     For p < -1 a positive that already scores high gets an easier negative (case B08).
     Choice: s_ui + alpha is at least 1e-6, below which the power is undefined or turns round.
+
+    >>> scores = torch.tensor([[[0.0, 0.5, 1.0]]])
+    >>> [pick_adaptive(scores, torch.tensor([s_ui]), alpha=0.0, beta=0.5, p=-2.0).item() for s_ui in (0.5, 1.0, 4.0)]
+    [2, 1, 0]
     """
     target = beta * (pos_scores + alpha).clamp(min=1e-6) ** (p + 1)
     return (scores - target[:, None, None]).abs().argmin(-1)
