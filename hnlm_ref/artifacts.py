@@ -7,8 +7,8 @@ A run directory holds one folder per stage. A stage writes into a hidden folder 
 
 `key` names what goes in (knobs, seed, Python code, fingerprints of the input stages and files); the same key means the
 work need not be done again. `fingerprint` names what came out (the bytes of every file). A manifest repeats the
-fingerprints of its inputs, so two folders made from different preparations are never mixed (cases A22, E13). Seconds
-stand in the manifest and in report files alone, which the fingerprint leaves out: all other files are equal for equal
+fingerprints of its inputs, so two folders made from different preparations are never mixed (cases A22, E13). Timings
+are kept only in manifests and report files, which the fingerprint leaves out: all other files are equal for equal
 keys.
 """
 

@@ -1,4 +1,4 @@
-"""`hnlm-ref`: one command per stage, `all` to run them in order, and what looks at a finished run.
+"""`hnlm-ref`: one command per stage, `all` to run them in order, and the commands that look at a finished run.
 
 Neither torch nor transformers is imported here: `all` starts each stage file as a process of its own and prints the
 command first, so what a reader sees is what a reader can type.
@@ -127,7 +127,7 @@ def run_all(preset: str | None, quiet: bool, overrides: tuple[str, ...], **param
 def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **params: Any) -> None:
     """Tune every method on its [grid.METHOD], train the best with all seeds, print one table.
 
-    What it trains on, prep, sft and generate, is taken as it lies in the run's folder; `all` makes it.
+    It uses prep, sft and generate as they are in the run's folder; run `all` first to make them.
     """
     from hnlm_ref.compare import compare
 
@@ -144,13 +144,13 @@ def run_compare(preset: str | None, quiet: bool, backbones: str, n_jobs: int, **
 @main.command("data")
 @click.argument("path")
 @click.option("--format", "name", default="auto", show_default=True, help="format of the log, by name")
-@click.option("--sep", help="separator; found by looking unless given")
-@click.option("--header", type=bool, help="whether the first line names the columns; found by looking unless given")
+@click.option("--sep", help="separator; detected unless given")
+@click.option("--header", type=bool, help="whether the first line names the columns; detected unless given")
 @click.option("--encoding", help="encoding, e.g. latin-1")
 @click.option("--columns", default="", help="role=column pairs, e.g. user=who,item=what")
 @click.option("--time-unit", default="auto", show_default=True, help="unit of the times: s, ms, us, ns, date or order")
 def describe_data(path: str, columns: str, **layout: Any) -> None:
-    """Tell what a log is and what prep would make of it, changing nothing."""
+    """Describe a log and what prep would make of it; nothing is written."""
     from hnlm_ref.data import describe
 
     click.echo(describe(path, columns=cast(tuple[str, ...], columns), **layout))
@@ -159,7 +159,7 @@ def describe_data(path: str, columns: str, **layout: Any) -> None:
 @main.command()
 @click.argument("run", type=_FOLDER)
 @click.option("--user", "key", metavar="KEY", help="one user: history, negatives, recommendations")
-@click.option("--json", "as_json", is_flag=True, help="for machines")
+@click.option("--json", "as_json", is_flag=True, help="print JSON, for other programs")
 def show(run: Path, key: str | None, as_json: bool) -> None:
     """Print the results of a finished run, or the story of one of its users."""
     from hnlm_ref import report

@@ -129,7 +129,7 @@ def contrast_loss(anchor: Tensor, positive: Tensor, negative: Tensor, temperatur
 
 
 def anchor_loss(hard_emb: Tensor, target_emb: Tensor) -> Tensor:
-    """Half the squared distance of e_hard from its mined item's vector, which is held fixed; [P, d], no row gives 0.
+    """Half the squared distance of e_hard from the (fixed) vector of its best match; [P, d], no row gives 0.
 
     >>> anchor_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]]))
     tensor(12.5000)

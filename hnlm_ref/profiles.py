@@ -41,11 +41,11 @@ class AskConfig:
 
     endpoint: str | None = knob(None, "OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1; none: the local model")
     endpoint_model: str = knob("default", "name of the model at the server")
-    concurrency: int = knob(8, "questions on their way to the server at once", low=1)
+    concurrency: int = knob(8, "questions sent to the server at the same time", low=1)
     timeout_s: float = knob(120.0, "seconds to wait for the server's next byte", low=0.1)
-    n_retries: int = knob(4, "further tries after no answer, each after twice the wait", low=0)
+    n_retries: int = knob(4, "further tries if no answer comes, each after twice the wait", low=0)
     max_new_tokens: int = knob(160, "length of an answer in tokens", low=1)
-    ask_batch_size: int = knob(16, "questions in a batch of a local model; on a CPU every thread has one", low=1)
+    ask_batch_size: int = knob(16, "questions per batch of a local model; on a CPU each thread takes a batch", low=1)
 
     def __post_init__(self) -> None:
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):

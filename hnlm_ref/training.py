@@ -43,11 +43,11 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """In here what is there already is not looked through for garbage, and memory that is freed stays with the process.
+    """Inside, existing objects are not scanned for garbage, and memory that is freed stays with the process.
 
-    Python goes through all that the imports made in one of the epochs, and takes as long as ten epochs of MF on
+    Otherwise Python scans, in one of the epochs, all that the imports made, which takes as long as ten epochs of MF on
     MovieLens. And glibc gives blocks above 32 MB back to the system when they are freed: a step makes several tables of
-    all users and items, and from some 130,000 of them asking for fresh pages takes longer than the arithmetic.
+    all users and items, and from some 130,000 of them on, asking for fresh pages takes longer than the arithmetic.
     """
     gc.freeze()
     libc: Any = ctypes.CDLL(None) if os.name == "posix" else None

@@ -1,4 +1,4 @@
-"""Stage 1: turn a raw interaction log into clean, k-cored, split and numbered data with texts and profiles.
+"""Stage 1: turn a raw interaction log into clean, k-core-filtered, split and numbered data with texts and profiles.
 
 Paper: data sets, item and user profiles. Reads the raw files (stages/DATA.md). Writes prep/: users.jsonl, items.jsonl,
 train|valid|test as CSR, train.order.npy; reviews.jsonl, skipped.jsonl and profiles.jsonl if asked for.
@@ -26,25 +26,25 @@ class PrepConfig(AskConfig):
     valid_file: str | None = knob(None, "validation part of a ready split")
     test_file: str | None = knob(None, "test part of a ready split; the log is then its training part")
     format: str = knob("auto", "format of the log, see stages/DATA.md; auto looks at the file")
-    sep: str | None = knob(None, "separator of the log, if looking at it finds the wrong one")
-    header: bool | None = knob(None, "whether the first line names the columns, likewise")
+    sep: str | None = knob(None, "separator of the log, if it is detected wrongly")
+    header: bool | None = knob(None, "whether the first line names the columns, if that is detected wrongly")
     encoding: str | None = knob(None, "encoding of log and items if it is not UTF-8, e.g. latin-1")
     columns: tuple[str, ...] = knob((), "role=column of the log; roles: user, item, rating, time, text")
     item_columns: tuple[str, ...] = knob((), "role=column of the items: item, title, brand, categories, description")
     time_unit: str = knob("auto", "unit of the times", ("auto", "s", "ms", "us", "ns", "date", "order"))
     skip_bad_rows: bool = knob(False, "leave out, count and list rows that cannot be read, instead of stopping")
     # filters
-    min_rating: float | None = knob(None, "rows rated lower are no interaction")
+    min_rating: float | None = knob(None, "drop rows rated lower")
     date_from: str | None = knob(None, "start of the window, included: a date (UTC) or a number in the log's unit")
     date_to: str | None = knob(None, "end of the window, excluded")
-    duplicates: str = knob("first", "which row of a repeated pair stays, in time", ("first", "last"))
-    k_core: int = knob(1, "users and items with fewer pairs are dropped, again and again until none is left", low=1)
+    duplicates: str = knob("first", "which row of a repeated pair is kept, by time", ("first", "last"))
+    k_core: int = knob(1, "drop users and items with fewer pairs, repeatedly, until none is left", low=1)
     # split
-    split: str = knob("ratio", "how pairs are parted", ("ratio", "ratio-global", "leave-one", "leave-two", "time"))
+    split: str = knob("ratio", "how pairs are split", ("ratio", "ratio-global", "leave-one", "leave-two", "time"))
     valid_ratio: float = knob(0.1, "share of the pairs for validation", low=0, high=1)
     test_ratio: float = knob(0.2, "share of the pairs for the test", low=0, high=1)
-    valid_from: str | None = knob(None, "split time: validation starts here, as in date_from")
-    test_from: str | None = knob(None, "split time: the test starts here")
+    valid_from: str | None = knob(None, "split time: start of validation, written like date_from")
+    test_from: str | None = knob(None, "split time: start of the test, likewise")
     # texts
     profiles: str = knob("template", "who writes the profiles; llm: profile_model or the endpoint", ("template", "llm"))
     profile_model: str = knob("tiny", "model that writes them: tiny, a folder, hub id, .gguf file or package:NAME/path")

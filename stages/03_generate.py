@@ -1,4 +1,4 @@
-"""Stage 3: ask the tuned model for one hard negative per (user, item) pair, and find the items it comes nearest to.
+"""Stage 3: ask the tuned model for one hard negative per (user, item) pair, and find the items nearest to it.
 
 Paper: semantic negative sampling. Reads prep/, sft/. Writes generate/: pairs.npy int32 [N, 2], embeddings.npy float16
 [N, d_llm] (h), matches.npy int32 [N, m], match_scores.npy float32 [N, m], quality.json; in text mode texts.jsonl too,
@@ -23,21 +23,21 @@ from hnlm_ref.profiles import AskConfig
 
 @dataclass(frozen=True)
 class GenerateConfig(AskConfig):
-    """Knobs of stage 3. Model and prompt are those of stage 2; what asks for text comes first."""
+    """Knobs of stage 3. Model and prompt are those of stage 2; the knobs for asking for text come first."""
 
-    mode: str = knob("embedding", "h(u, i), or a title the untuned model writes", ("embedding", "text"))
+    mode: str = knob("embedding", "the vector h(u, i), or a title written by the untuned model", ("embedding", "text"))
     tuned: bool = knob(True, "embedding: with the adapter of stage 2; without it, zero-shot vectors")
     pairs_per_user: int = knob(0, "pairs of a user, drawn at random; 0: all training pairs", low=0)
     # speed
     batch_size: int = knob(4, "rows per forward pass, a row being a user with some pairs", low=1)
-    pairs_per_row: int = knob(32, "pairs that share one encoding of their user's part; 1: the plain way", low=1)
-    rows_per_shard: int = knob(64, "rows per file of work in progress, which a restart need not do again", low=1)
+    pairs_per_row: int = knob(32, "pairs of a user that share one encoding of the user part; 1: no sharing", low=1)
+    rows_per_shard: int = knob(64, "rows per intermediate file; a restart keeps the finished ones", low=1)
     # matching
-    match: str = knob("vector", "text: the title's vector is matched, or its words", ("vector", "title"))
+    match: str = knob("vector", "text mode: match by the title's vector, or by its words", ("vector", "title"))
     n_matches: int = knob(20, "items per generated negative (m)", low=1)
     min_similarity: float = knob(-1.0, "items less similar to the negative are no match", low=-1, high=1)
-    max_similarity: float = knob(1.0, "items more similar are taken for false negatives", low=-1, high=1)
-    skip_ranks: int = knob(0, "so many best warm-up ranks of a user are no match: false negatives lie there", low=0)
+    max_similarity: float = knob(1.0, "items more similar are no match: probably false negatives", low=-1, high=1)
+    skip_ranks: int = knob(0, "a user's top warm-up ranks, this many, are no match: false negatives lie there", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

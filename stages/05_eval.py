@@ -1,4 +1,4 @@
-"""Stage 5: rank the whole catalogue for every test user, compare the methods, and say what their negatives were.
+"""Stage 5: rank the whole catalogue for every test user, compare the methods, and describe their negatives.
 
 Paper: evaluation section. Reads prep/ (the only stage to open its test part), generate/ if it is there, train/*.
 Writes eval/: metrics.json, comparisons.json (every method against the first, paired over users), report.html, and
