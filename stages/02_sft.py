@@ -18,7 +18,7 @@ from hnlm_ref.knobs import StageCommand, knob
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Knobs of stage 2. The defaults suit a 135M model on two cores; the presets of the paper hold its own."""
+    """Knobs of stage 2. Defaults suit a 135M model on two cores (bench/TRIALS.md), the paper's presets hold its own."""
 
     # model
     model: str = knob("tiny", "tiny, a folder, a hub id, a .gguf file, or package:NAME/path")
@@ -43,7 +43,7 @@ class SftConfig:
     rank_from: int = knob(0, "window: first warm-up rank among the items not taken", low=0)
     rank_to: int = knob(20, "window: end of the ranks, excluded", low=1)
     pool_size: int = knob(16, "pool: the best-scored of so many random items not taken", low=1)
-    guard_threshold: float | None = knob(None, "mine no items this many deviations more like the user's than average")
+    guard_threshold: float | None = knob(None, "do not mine items this many deviations too similar to the user's own")
     target: str = knob("cf", "p and n of the triplet: warm-up vectors or text vectors of the items", ("cf", "text"))
     # optimisation
     lr: float = knob(1e-4, "learning rate of LoRA", low=0)

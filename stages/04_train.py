@@ -42,7 +42,7 @@ class TrainConfig:
     ahns_alpha: float = knob(1.0, "ahns: alpha in beta (s_ui + alpha)^(p + 1)")
     ahns_beta: float = knob(0.1, "ahns: beta")
     ahns_p: float = knob(-2.0, "ahns: p")
-    guard_threshold: float | None = knob(None, "no candidates this many deviations more like the user's than average")
+    guard_threshold: float | None = knob(None, "refuse candidates this many deviations too similar to the user's items")
     # generated negatives
     base_sampler: str = knob("uniform", "hnlm, hnlm_matched: ordinary sampler that draws j", ORDINARY)
     mix_alpha: float = knob(0.1, "hnlm: weight of e_hard in the mixture (alpha); 0 is the base sampler", low=0, high=1)
@@ -50,7 +50,7 @@ class TrainConfig:
     match_temperature: float = knob(0.1, "hnlm_matched, hnlm_pool: temperature of drawing matched items", low=1e-6)
     matched_share: float = knob(1.0, "hnlm_matched, hnlm_pool: share of the rows that see matched items", low=0, high=1)
     n_ramp_epochs: int = knob(0, "epochs over which alpha and matched_share rise to their value", low=0)
-    min_coverage: float = knob(0.5, "least share of training pairs that need a generated negative", low=0, high=1)
+    min_coverage: float = knob(0.5, "least share of training pairs that must have a generated negative", low=0, high=1)
     generate_dir: str | None = knob(None, "finished generate folder of another run on the same prep; none: this run's")
     adapter: str = knob("mlp", "from the LLM's space to the recommender's", ("mlp", "attention"))
     adapter_hidden: int = knob(256, "width of the adapter's hidden layer", low=1)
