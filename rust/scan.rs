@@ -66,9 +66,10 @@ impl<'a> Vectors<'a> {
     /// Euclidean lengths in `f64`; refuses NaN and infinities by row.
     pub fn lengths(&self, name: &'static str) -> Result<Vec<f64>> {
         let length = |buffer: &mut Vec<f32>, row| {
+            buffer.resize(self.dim, 0.0); // here, for without a row it may be longer than any memory
             self.read(row, buffer).iter().map(|&value| value as f64 * value as f64).sum::<f64>().sqrt()
         };
-        let lengths: Vec<f64> = (0..self.len).into_par_iter().map_init(|| vec![0.0; self.dim], length).collect();
+        let lengths: Vec<f64> = (0..self.len).into_par_iter().map_init(Vec::new, length).collect();
         let Some(row) = lengths.iter().position(|length| !length.is_finite()) else {
             return Ok(lengths);
         };
@@ -117,8 +118,8 @@ pub fn scan<S: State>(
     let (order, places) = by_popularity(users);
     let kernel = simd::kernel();
     let batch = (STATE_BYTES / (state_bytes + size_of::<S>())).clamp(64, 1 << 14);
-    let block = (PANEL_BYTES / (4 * items.dim.max(1) * kernel.cols)).clamp(1, BLOCK_ITEMS / kernel.cols) * kernel.cols;
-    let group = (QUERY_BYTES / (4 * items.dim.max(1))).clamp(1, 128).next_multiple_of(kernel.rows);
+    let block = (PANEL_BYTES / (4 * items.dim * kernel.cols).max(1)).clamp(1, BLOCK_ITEMS / kernel.cols) * kernel.cols;
+    let group = (QUERY_BYTES / (4 * items.dim).max(1)).clamp(1, 128).next_multiple_of(kernel.rows);
     let mut panels = Panels { kernel, dim: items.dim, values: Vec::new(), first: 0, items: &[] };
     let mut states = states.peekable();
     let mut first = 0;
@@ -201,7 +202,7 @@ fn scan_group<S: State>(
         active.push(Row { query, state, skipped });
     }
     let n_panels = panels.items.len().div_ceil(kernel.cols);
-    let most = (CACHE_BYTES / (4 * kernel.cols * dim.max(1))).max(1);
+    let most = (CACHE_BYTES / (4 * kernel.cols * dim).max(1)).max(1);
     let (mut start, mut length) = (0, if panels.first == 0 { 4 } else { most });
     let mut tiles = Vec::new();
     while start < n_panels && !active.is_empty() {

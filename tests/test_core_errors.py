@@ -181,6 +181,14 @@ def test_empty_input_gives_empty_output():
     assert _core.user_metrics(nothing[1], nothing[0], np.array([5])).shape == (6, 1, 0)
 
 
+@pytest.mark.parametrize("d", [2**45, 2**60])
+def test_no_vectors_may_be_of_any_length(d):
+    none, nothing = np.zeros((0, d), F32), (np.zeros(1, I64), np.zeros(0, I32))
+    assert rank(none, none, *nothing)[0].shape == (0, 2)
+    assert _core.test_ranks(none, none, *nothing, *nothing, 2).shape == (0,)
+    assert _core.match_items(none, none.astype(np.float16), nothing[1], *nothing, 2)[0].shape == (0, 2)
+
+
 def test_views_with_odd_strides_equal_their_contiguous_copies():
     """Case R02: a column or an empty slice that NumPy calls contiguous is taken, anything else refused above."""
     wide = np.arange(40, dtype=F32).reshape(10, 4)
