@@ -160,7 +160,7 @@ fn lists<'py>(
     py: Python<'py>, (rows, k): (usize, usize), n_threads: usize,
     fill: impl FnOnce((&mut [i32], &mut [f32])) -> Result<()> + Send,
 ) -> PyResult<Lists<'py>> {
-    let size = checked_size(rows, k)?;
+    let size = checked_size(rows, k, size_of::<(i32, f32)>())?;
     let (items, scores) = py.detach(|| {
         let (mut items, mut scores) = (vec![-1; size], vec![f32::NEG_INFINITY; size]);
         threads::run(n_threads, || fill((&mut items, &mut scores)))?;
@@ -169,11 +169,11 @@ fn lists<'py>(
     Ok((shaped(py, items, Ix2(rows, k))?, shaped(py, scores, Ix2(rows, k))?))
 }
 
-/// `rows * k`, if so many numbers of four bytes can be had now: the allocation itself would end the process.
+/// `rows * k`, if `bytes` for each of so many can be had now: the allocation itself would end the process.
 /// NumPy has no array whose row is longer than an address space, even if it has no rows.
-fn checked_size(rows: usize, k: usize) -> Result<usize> {
-    let fits = rows.max(1).checked_mul(k).is_some_and(|size| size <= isize::MAX as usize / size_of::<i32>());
-    let can_be_had = fits && Vec::<i32>::new().try_reserve_exact(rows * k).is_ok();
+fn checked_size(rows: usize, k: usize, bytes: usize) -> Result<usize> {
+    let fits = rows.max(1).checked_mul(k).is_some_and(|size| size <= isize::MAX as usize / bytes);
+    let can_be_had = fits && Vec::<u8>::new().try_reserve_exact(rows * k * bytes).is_ok();
     can_be_had.then(|| rows * k).ok_or(Error::Memory { rows, columns: k })
 }
 
@@ -200,7 +200,7 @@ fn shaped<T: Element, D: Dimension>(py: Python<'_>, values: Vec<T>, shape: D) ->
 /// Raises
 ///     TypeError for a wrong dtype, rank or order; ValueError for wrong lengths, rows out of order and a user
 ///     who owns every item; IndexError for a user or item out of range (`out` is then undefined); MemoryError
-///     for a result that does not fit, here and in every function that makes lists
+///     for a result that does not fit, here and in every function that makes lists or metrics
 #[pyfunction]
 #[pyo3(signature = (indptr, indices, n_items, users, n_negatives, seed, n_threads=0, out=None))]
 fn sample_uniform<'py>(
@@ -246,7 +246,7 @@ fn draw<'py, 'a>(
     let fill = |out: &mut [i32]| py.detach(|| threads::run(n_threads, || batch()?.draw(simd::kernel(), out)));
     let (rows, n) = (users.len(), n_negatives);
     let Some(out) = out else {
-        let mut fresh = vec![0; checked_size(rows, n)?];
+        let mut fresh = vec![0; checked_size(rows, n, size_of::<i32>())?];
         fill(&mut fresh)?;
         return shaped(py, fresh, Ix2(rows, n));
     };
@@ -472,7 +472,7 @@ fn user_metrics<'py>(
     let ranks = csr((HELD_OUT.0, "ranks"), &test_indptr, &ranks, i32::MAX as usize)?;
     let ks = ks.slice("ks")?;
     let shape = Ix3(metrics::N_METRICS, ks.len(), ranks.n_rows());
-    let mut out = vec![0.0; shape.size()];
+    let mut out = vec![0.0; checked_size(ranks.n_rows(), metrics::N_METRICS * ks.len(), size_of::<f64>())?];
     py.detach(|| metrics::user_metrics(ranks, ks, &mut out))?;
     shaped(py, out, shape)
 }

@@ -1,9 +1,11 @@
 """Every documented error of the core once: its type, and the argument and value in its text."""
 
 import inspect
+import sys
 
 import numpy as np
 import pytest
+from conftest import run_measured
 
 from hnlm_ref import _core
 
@@ -167,6 +169,29 @@ def test_a_result_beyond_memory_is_an_error_and_not_the_end_of_the_process(n):
     if n > 2**60:  # for nobody either
         with pytest.raises(MemoryError, match=f"no memory for a result of 0 x {n} numbers"):
             draw(users=USERS[:0], n=n)
+
+
+def test_metrics_beyond_memory_are_an_error():
+    frame, ks = np.zeros(10**6 + 1, I64), np.ones(10**6, I64)
+    with pytest.raises(MemoryError, match="no memory for a result of 1000000 x 6000000 numbers"):
+        _core.user_metrics(INDICES[:0], frame, ks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory a process holds is read from /proc")
+def test_lists_have_to_fit_into_memory_together_with_their_scores():
+    """A GB of items and as much of scores, in a process that may have 1.5 more than it has."""
+    run_measured("""
+import resource
+import numpy as np
+import pytest
+from hnlm_ref import _core
+rank = lambda k: _core.topk(np.ones((1, 4), "f4"), np.ones((5, 4), "f4"), np.zeros(2, "i8"), np.zeros(0, "i4"), k, 1)
+rank(2)
+held = resource.getpagesize() * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 2**29, -1))
+with pytest.raises(MemoryError, match="1 x 268435456"):
+    rank(2**28)
+""")
 
 
 def test_empty_input_gives_empty_output():
