@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import run_measured
 from core_cases import MANY, SEEDS, agree_everywhere, csr
 from hypothesis import given
 
@@ -144,3 +145,23 @@ def test_a_forked_loader_worker_draws_the_same():
     expected = _sample(0)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map_async(_sample, range(4)).get(timeout=60) == [expected] * 4
+
+
+def test_a_worker_forked_while_a_pool_is_made_does_not_wait_for_it():
+    """A child that would, ends by its alarm."""
+    ends = run_measured("""
+import os, signal, threading
+import numpy as np
+from hnlm_ref import _core
+draw = lambda n: _core.sample_uniform(np.zeros(2, "i8"), np.zeros(0, "i4"), 9, np.zeros(1, "i4"), 1, 1, n)
+draw(2)
+maker = threading.Thread(target=lambda: [draw(n) for n in range(300, 306)])
+maker.start()
+while maker.is_alive():
+    if not (child := os.fork()):
+        signal.alarm(10)
+        draw(1)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+""")
+    assert ends and not any(ends)
