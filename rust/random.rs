@@ -55,37 +55,6 @@ pub fn below(word: u64, bound: u32) -> Option<u32> {
     (product as u32 >= surplus).then_some((product >> 32) as u32)
 }
 
-/// First tries of whole rows at once: `numbers[r * n + j]` becomes the number below `bound` of draw
-/// `j` of row `first_row + r`, or -1 for a surplus word; `coins`, unless empty, gets the words' lower
-/// halves. Inlined into the kernels of [`crate::simd`], whose vectors the compiler uses.
-#[inline(always)]
-pub fn first_tries(seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
-    let number = |row: usize, draw: usize| {
-        let word = Stream::new(seed, first_row + row as u64).word(draw as u64, 0);
-        (below(word, bound).map_or(-1, |number| number as i32), word as u32)
-    };
-    if n == 1 {
-        // One long loop, for vectors are made of nothing shorter than themselves.
-        return fill(numbers, coins, |row| number(row, 0));
-    }
-    for (row, numbers) in numbers.chunks_exact_mut(n).enumerate() {
-        fill(numbers, coins.get_mut(row * n..(row + 1) * n).unwrap_or_default(), |draw| number(row, draw));
-    }
-}
-
-/// Numbers, and coins if they are wanted: a loop without the question, which would undo its vectors.
-#[inline(always)]
-fn fill(numbers: &mut [i32], coins: &mut [u32], number: impl Fn(usize) -> (i32, u32)) {
-    if coins.is_empty() {
-        for (at, slot) in numbers.iter_mut().enumerate() {
-            *slot = number(at).0;
-        }
-    }
-    for (at, (slot, coin)) in numbers.iter_mut().zip(coins).enumerate() {
-        (*slot, *coin) = number(at);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

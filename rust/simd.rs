@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::candidates::{Batch, Marks, Scratch};
 use crate::error::Result;
-use crate::random;
+use crate::random::{self, Stream, below};
 
 /// One vector register of `f32`, as the tile needs it.
 ///
@@ -163,10 +163,22 @@ fn dots(query: &[f32], items: [&[f32]; DOTS], step: impl Fn(f32, f32, f32) -> f3
 /// What drawing negatives is made of, each written so that the compiler makes vectors of it where it
 /// can. (A value of a kernel's type exists only inside that kernel: the processor has its vectors.)
 pub trait Steps {
-    /// See [`random::first_tries`].
+    /// First tries of whole rows at once: `numbers[r * n + j]` becomes the number below `bound` of draw
+    /// `j` of row `first_row + r`, or -1 for a surplus word; `coins`, unless empty, gets the words' lower
+    /// halves.
     #[inline(always)]
-    fn first_tries(&self, seed: u64, row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
-        random::first_tries(seed, row, n, bound, numbers, coins)
+    fn first_tries(&self, seed: u64, first_row: u64, n: usize, bound: u32, numbers: &mut [i32], coins: &mut [u32]) {
+        let number = |row: usize, draw: usize| {
+            let word = Stream::new(seed, first_row + row as u64).word(draw as u64, 0);
+            (below(word, bound).map_or(-1, |number| number as i32), word as u32)
+        };
+        if n == 1 {
+            // One long loop, for vectors are made of nothing shorter than themselves.
+            return fill(numbers, coins, |row| number(row, 0));
+        }
+        for (row, numbers) in numbers.chunks_exact_mut(n).enumerate() {
+            fill(numbers, coins.get_mut(row * n..(row + 1) * n).unwrap_or_default(), |draw| number(row, draw));
+        }
     }
 
     /// Writes the places of draws that are negative or may be marked to the front of `bad`, which is
@@ -188,6 +200,19 @@ pub trait Steps {
     }
 }
 
+/// Numbers, and coins if they are wanted: a loop without the question, which would undo its vectors.
+#[inline(always)]
+fn fill(numbers: &mut [i32], coins: &mut [u32], number: impl Fn(usize) -> (i32, u32)) {
+    if coins.is_empty() {
+        for (at, slot) in numbers.iter_mut().enumerate() {
+            *slot = number(at).0;
+        }
+    }
+    for (at, (slot, coin)) in numbers.iter_mut().zip(coins).enumerate() {
+        (*slot, *coin) = number(at);
+    }
+}
+
 impl Steps for Plain {}
 #[cfg(target_arch = "x86_64")]
 impl Steps for Avx2 {}
@@ -206,7 +231,7 @@ impl Steps for Avx512 {
         assert!(coins.is_empty() || coins.len() == numbers.len());
         let n = n as u64;
         let slots: [[u64; 8]; 2] = from_fn(|odd| from_fn(|at| (2 * at + odd) as u64));
-        let start = slots.map(|slots| slots.map(|slot| random::Stream::new(seed, row + slot / n).counter(slot % n, 0)));
+        let start = slots.map(|slots| slots.map(|slot| Stream::new(seed, row + slot / n).counter(slot % n, 0)));
         let in_row = slots.map(|slots| slots.map(|slot| slot % n));
         // SAFETY: the processor has AVX-512 (see above); loads are of 8 numbers in an array, stores
         // are masked by `lanes` to the numbers that are left.
@@ -386,7 +411,6 @@ mod tests {
     use super::*;
     use crate::candidates::Law;
     use crate::csr::{CsrView, OWNED};
-    use crate::random::{Stream, below};
 
     /// Numbers between -1 and 1 with many digits.
     fn numbers(n: usize, seed: u64) -> Vec<f32> {
