@@ -4,7 +4,7 @@
 #![allow(clippy::too_many_arguments)] // a Python function names what it takes
 
 use half::f16;
-use numpy::ndarray::{Array, Dimension, Ix1, Ix2, Ix3};
+use numpy::ndarray::{Dimension, Ix1, Ix2};
 use numpy::{
     Element, IntoPyArray, PyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray, PyUntypedArray,
     PyUntypedArrayMethods,
@@ -166,7 +166,7 @@ fn lists<'py>(
         threads::run(n_threads, || fill((&mut items, &mut scores)))?;
         Ok::<_, Error>((items, scores))
     })?;
-    Ok((shaped(py, items, Ix2(rows, k))?, shaped(py, scores, Ix2(rows, k))?))
+    Ok((items.into_pyarray(py).reshape([rows, k])?, scores.into_pyarray(py).reshape([rows, k])?))
 }
 
 /// `rows * k`, if `bytes` for each of so many can be had now: the allocation itself would end the process.
@@ -175,11 +175,6 @@ fn checked_size(rows: usize, k: usize, bytes: usize) -> Result<usize> {
     let fits = rows.max(1).checked_mul(k).is_some_and(|size| size <= isize::MAX as usize / bytes);
     let can_be_had = fits && Vec::<u8>::new().try_reserve_exact(rows * k * bytes).is_ok();
     can_be_had.then(|| rows * k).ok_or(Error::Memory { rows, columns: k })
-}
-
-fn shaped<T: Element, D: Dimension>(py: Python<'_>, values: Vec<T>, shape: D) -> PyResult<Bound<'_, PyArray<T, D>>> {
-    let array = Array::from_shape_vec(shape, values).map_err(|error| PyValueError::new_err(error.to_string()))?;
-    Ok(array.into_pyarray(py))
 }
 
 /// Draw negatives uniformly, with replacement, from the items a user does not own.
@@ -248,7 +243,7 @@ fn draw<'py, 'a>(
     let Some(out) = out else {
         let mut fresh = vec![0; checked_size(rows, n, size_of::<i32>())?];
         fill(&mut fresh)?;
-        return shaped(py, fresh, Ix2(rows, n));
+        return fresh.into_pyarray(py).reshape([rows, n]);
     };
     let expected = "expected a writable C-contiguous 2-dimensional int32 array that no other argument shares";
     let wrong = || refused("out", &format!("{expected}, found {}", describe(&out)));
@@ -284,7 +279,7 @@ fn filter_candidates<'py>(
     expect("users", users.len(), shape[0])?;
     let (mut out, mut kept) = (vec![-1; candidates.len()], vec![0; users.len()]);
     py.detach(|| candidates::filter_candidates(csr, users, candidates, &mut out, &mut kept))?;
-    Ok((shaped(py, out, Ix2(shape[0], shape[1]))?, kept.into_pyarray(py)))
+    Ok((out.into_pyarray(py).reshape([shape[0], shape[1]])?, kept.into_pyarray(py)))
 }
 
 /// Find the catalogue items nearest to each generated vector, by cosine, without the user's own items.
@@ -471,10 +466,10 @@ fn user_metrics<'py>(
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let ranks = csr((HELD_OUT.0, "ranks"), &test_indptr, &ranks, i32::MAX as usize)?;
     let ks = ks.slice("ks")?;
-    let shape = Ix3(metrics::N_METRICS, ks.len(), ranks.n_rows());
-    let mut out = vec![0.0; checked_size(ranks.n_rows(), metrics::N_METRICS * ks.len(), size_of::<f64>())?];
+    let (n_users, n_values) = (ranks.n_rows(), metrics::N_METRICS * ks.len());
+    let mut out = vec![0.0; checked_size(n_users, n_values, size_of::<f64>())?];
     py.detach(|| metrics::user_metrics(ranks, ks, &mut out))?;
-    shaped(py, out, shape)
+    out.into_pyarray(py).reshape([metrics::N_METRICS, ks.len(), n_users])
 }
 
 /// Names of the kernels this processor can run, widest first: "avx512", "avx2", "neon", "plain".
