@@ -26,19 +26,13 @@ trait Lanes {
     unsafe fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// Bit `n` says whether lane `n` of `a` is at least that of `b`.
     unsafe fn at_least(a: Self::Vector, b: Self::Vector) -> u64;
-    /// `multiply_add` of single numbers.
-    #[inline(always)]
-    fn step(a: f32, b: f32, c: f32) -> f32 {
-        a.mul_add(b, c)
-    }
 }
 
-/// Writes the operations of a type of vectors: splat, load, store, multiply_add, at_least and, if it is
-/// not the processor's, step.
+/// Writes the operations of a type of vectors: splat, load, store, multiply_add and at_least.
 macro_rules! lanes {
     ($name:ident, $vector:ty, $n:literal, |$value:ident| $splat:expr, |$from:ident| $load:expr,
      |$vec:ident, $to:ident| $store:expr, |$a:ident, $b:ident, $c:ident| $multiply_add:expr,
-     |$x:ident, $y:ident| $at_least:expr $(, |$p:ident, $q:ident, $r:ident| $step:expr)?) => {
+     |$x:ident, $y:ident| $at_least:expr) => {
         struct $name;
         #[allow(unsafe_op_in_unsafe_fn)] // each is one operation
         impl Lanes for $name {
@@ -64,18 +58,13 @@ macro_rules! lanes {
             unsafe fn at_least($x: $vector, $y: $vector) -> u64 {
                 $at_least
             }
-            $(#[inline(always)]
-            fn step($p: f32, $q: f32, $r: f32) -> f32 {
-                $step
-            })?
         }
     };
 }
 
 lanes! {
     Plain, [f32; 4], 4, |v| [v; 4], |from| from.cast::<[f32; 4]>().read(), |v, to| to.cast::<[f32; 4]>().write(v),
-    |a, b, c| from_fn(|n| a[n] * b[n] + c[n]), |x, y| (0..4).map(|n| u64::from(x[n] >= y[n]) << n).sum(),
-    |a, b, c| a * b + c
+    |a, b, c| from_fn(|n| a[n] * b[n] + c[n]), |x, y| (0..4).map(|n| u64::from(x[n] >= y[n]) << n).sum()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -310,16 +299,17 @@ impl Steps for Avx512 {
     }
 }
 
-/// A kernel compiled with features switched on that the processor has to be asked for.
+/// A kernel, its `multiply_add` of single numbers and the features it is compiled with, for which the
+/// processor has to be asked.
 macro_rules! kernel {
-    ($name:literal, $lanes:ident, $rows:literal x $vectors:literal $(, $feature:tt)*) => {{
+    ($name:literal, $lanes:ident, $rows:literal x $vectors:literal, $step:expr $(, $feature:tt)*) => {{
         $(#[target_feature(enable = $feature)])*
         unsafe fn draw(batch: &Batch, first_row: usize, out: &mut [i32], scratch: &mut Scratch) -> Result<()> {
             batch.draw_rows(first_row, out, scratch, $lanes)
         }
         $(#[target_feature(enable = $feature)])*
         unsafe fn dots(query: &[f32], items: [&[f32]; DOTS]) -> [f32; DOTS] {
-            self::dots(query, items, $lanes::step)
+            self::dots(query, items, $step)
         }
         $(#[target_feature(enable = $feature)])*
         unsafe fn tile(d: usize, q: *const f32, p: *const f32, t: &[f32], s: &mut [f32], h: &mut [u64]) -> bool {
@@ -339,13 +329,13 @@ pub const MAX_TILE: usize = 14 * 32;
 
 /// All kernels of this kind of processor, widest first.
 static KERNELS: &[Kernel] = &[
+    #[cfg(target_arch = "x86_64")] // Skylake-X, Zen 4 and later
+    kernel!("avx512", Avx512, 14 x 2, f32::mul_add, "avx512f", "avx512dq", "avx512bw", "avx512vl"),
     #[cfg(target_arch = "x86_64")]
-    kernel!("avx512", Avx512, 14 x 2, "avx512f", "avx512dq", "avx512bw", "avx512vl"), // as Skylake-X, Zen 4 and later
-    #[cfg(target_arch = "x86_64")]
-    kernel!("avx2", Avx2, 6 x 2, "avx2", "fma"),
+    kernel!("avx2", Avx2, 6 x 2, f32::mul_add, "avx2", "fma"),
     #[cfg(target_arch = "aarch64")]
-    kernel!("neon", Neon, 6 x 4),
-    kernel!("plain", Plain, 4 x 2),
+    kernel!("neon", Neon, 6 x 4, f32::mul_add),
+    kernel!("plain", Plain, 4 x 2, |a, b, c| a * b + c),
 ];
 
 /// The place of the kernel in use among [`available`]'s.
