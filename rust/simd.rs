@@ -15,40 +15,28 @@ use crate::random::{self, Stream, below};
 /// One vector register of `f32`, as the tile needs it.
 ///
 /// # Safety
-/// The processor has the instructions behind the implementation; pointers reach `N` numbers.
+/// The processor has the instructions behind the implementation.
 trait Lanes {
     type Vector: Copy;
-    const N: usize;
+    const N: usize = size_of::<Self::Vector>() / size_of::<f32>();
     unsafe fn splat(value: f32) -> Self::Vector;
-    unsafe fn load(from: *const f32) -> Self::Vector;
-    unsafe fn store(vector: Self::Vector, to: *mut f32);
     /// `a * b + c`, rounded once (only [`Plain`] rounds the product, too).
     unsafe fn multiply_add(a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
     /// Bit `n` says whether lane `n` of `a` is at least that of `b`.
     unsafe fn at_least(a: Self::Vector, b: Self::Vector) -> u64;
 }
 
-/// Writes the operations of a type of vectors: splat, load, store, multiply_add and at_least.
+/// Writes the operations of a type of vectors: splat, multiply_add and at_least.
 macro_rules! lanes {
-    ($name:ident, $vector:ty, $n:literal, |$value:ident| $splat:expr, |$from:ident| $load:expr,
-     |$vec:ident, $to:ident| $store:expr, |$a:ident, $b:ident, $c:ident| $multiply_add:expr,
+    ($name:ident, $vector:ty, |$value:ident| $splat:expr, |$a:ident, $b:ident, $c:ident| $multiply_add:expr,
      |$x:ident, $y:ident| $at_least:expr) => {
         struct $name;
         #[allow(unsafe_op_in_unsafe_fn)] // each is one operation
         impl Lanes for $name {
             type Vector = $vector;
-            const N: usize = $n;
             #[inline(always)]
             unsafe fn splat($value: f32) -> $vector {
                 $splat
-            }
-            #[inline(always)]
-            unsafe fn load($from: *const f32) -> $vector {
-                $load
-            }
-            #[inline(always)]
-            unsafe fn store($vec: $vector, $to: *mut f32) {
-                $store
             }
             #[inline(always)]
             unsafe fn multiply_add($a: $vector, $b: $vector, $c: $vector) -> $vector {
@@ -63,29 +51,28 @@ macro_rules! lanes {
 }
 
 lanes! {
-    Plain, [f32; 4], 4, |v| [v; 4], |from| from.cast::<[f32; 4]>().read(), |v, to| to.cast::<[f32; 4]>().write(v),
-    |a, b, c| from_fn(|n| a[n] * b[n] + c[n]), |x, y| (0..4).map(|n| u64::from(x[n] >= y[n]) << n).sum()
+    Plain, [f32; 4], |v| [v; 4], |a, b, c| from_fn(|n| a[n] * b[n] + c[n]),
+    |x, y| (0..4).map(|n| u64::from(x[n] >= y[n]) << n).sum()
 }
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 #[cfg(target_arch = "x86_64")]
 lanes! {
-    Avx512, __m512, 16, |v| _mm512_set1_ps(v), |from| _mm512_loadu_ps(from), |v, to| _mm512_storeu_ps(to, v),
-    |a, b, c| _mm512_fmadd_ps(a, b, c), |x, y| u64::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, y))
+    Avx512, __m512, |v| _mm512_set1_ps(v), |a, b, c| _mm512_fmadd_ps(a, b, c),
+    |x, y| u64::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, y))
 }
 #[cfg(target_arch = "x86_64")]
 lanes! {
-    Avx2, __m256, 8, |v| _mm256_set1_ps(v), |from| _mm256_loadu_ps(from), |v, to| _mm256_storeu_ps(to, v),
-    |a, b, c| _mm256_fmadd_ps(a, b, c), |x, y| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x, y)) as u64
+    Avx2, __m256, |v| _mm256_set1_ps(v), |a, b, c| _mm256_fmadd_ps(a, b, c),
+    |x, y| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(x, y)) as u64
 }
 
 #[cfg(target_arch = "aarch64")]
 use std::arch::aarch64::*;
 #[cfg(target_arch = "aarch64")]
 lanes! {
-    Neon, float32x4_t, 4, |v| vdupq_n_f32(v), |from| vld1q_f32(from), |v, to| vst1q_f32(to, v),
-    |a, b, c| vfmaq_f32(c, a, b),
+    Neon, float32x4_t, |v| vdupq_n_f32(v), |a, b, c| vfmaq_f32(c, a, b),
     |x, y| u64::from(vaddvq_u32(vandq_u32(vcgeq_f32(x, y), vld1q_u32([1, 2, 4, 8].as_ptr()))))
 }
 
@@ -113,7 +100,7 @@ unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
     unsafe {
         let mut sums = [[L::splat(0.0); C]; R];
         for k in 0..dim {
-            let items: [L::Vector; C] = from_fn(|c| L::load(panel.add((k * C + c) * L::N)));
+            let items: [L::Vector; C] = from_fn(|c| panel.add((k * C + c) * L::N).cast::<L::Vector>().read_unaligned());
             for (r, sums) in sums.iter_mut().enumerate() {
                 let query = L::splat(*queries.add(k * R + r));
                 for c in 0..C {
@@ -128,7 +115,9 @@ unsafe fn tile<L: Lanes, const R: usize, const C: usize>(
             hits[r] = (0..C).map(bits).sum();
             any |= hits[r];
             if hits[r] != 0 {
-                (0..C).for_each(|c| L::store(sums[c], scores[(r * C + c) * L::N..].as_mut_ptr()));
+                for (c, &sum) in sums.iter().enumerate() {
+                    scores[(r * C + c) * L::N..].as_mut_ptr().cast::<L::Vector>().write_unaligned(sum);
+                }
             }
         }
         any != 0
@@ -379,7 +368,8 @@ impl Kernel {
         assert!(queries.len() == dim * self.rows && panel.len() == dim * self.cols);
         assert!(thresholds.len() == self.rows && hits.len() == self.rows && scores.len() == self.rows * self.cols);
         // SAFETY: only kernels that the processor has are ever handed out, and the tile reads
-        // `dim` times `rows` queries and `dim` times `cols` items, which the assertions grant.
+        // `dim` times `rows` queries and `dim` times `cols` items and writes `rows` times `cols` scores,
+        // which the assertions grant.
         unsafe { (self.tile)(dim, queries.as_ptr(), panel.as_ptr(), thresholds, scores, hits) }
     }
 
