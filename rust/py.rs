@@ -40,7 +40,9 @@ impl<'a, 'py, T: Element, D: Dimension> FromPyObject<'a, 'py> for Input<'py, T, 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
         let (n, dtype) = (D::NDIM.unwrap_or(0), numpy::dtype::<T>(object.py()));
         Ok(Self(match object.cast::<PyArray<T, D>>() {
-            Ok(array) if array.is_c_contiguous() => array.try_readonly().map_err(|error| error.to_string()),
+            Ok(array) if array.is_c_contiguous() && array.is_aligned() => {
+                array.try_readonly().map_err(|error| error.to_string())
+            }
             _ => Err(format!("expected a C-contiguous {n}-dimensional {dtype} array, found {}", describe(&object))),
         }))
     }
@@ -105,8 +107,9 @@ fn describe(object: &Bound<'_, PyAny>) -> String {
     match object.cast::<PyUntypedArray>() {
         Err(_) => object.get_type().to_string(),
         Ok(array) => {
+            let start = if array.is_aligned() { "" } else { "misaligned, " };
             let order = if array.is_c_contiguous() { "C-contiguous" } else { "not C-contiguous" };
-            format!("{order}, {}-dimensional, {}", array.ndim(), array.dtype())
+            format!("{start}{order}, {}-dimensional, {}", array.ndim(), array.dtype())
         }
     }
 }
@@ -247,7 +250,7 @@ fn draw<'py, 'a>(
     };
     let expected = "expected a writable C-contiguous 2-dimensional int32 array that no other argument shares";
     let wrong = || refused("out", &format!("{expected}, found {}", describe(&out)));
-    let target = out.cast::<PyArray2<i32>>().ok().filter(|array| array.is_c_contiguous());
+    let target = out.cast::<PyArray2<i32>>().ok().filter(|array| array.is_c_contiguous() && array.is_aligned());
     let mut target = target.and_then(|array| array.try_readwrite().ok()).ok_or_else(wrong)?;
     if target.shape() != [rows, n] {
         return Err(PyValueError::new_err(format!("out has shape {:?}, expected [{rows}, {n}]", target.shape())));

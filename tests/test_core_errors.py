@@ -138,7 +138,8 @@ def wrong_values(good):
     if not isinstance(good, np.ndarray):
         return [object(), [3], INDPTR]
     wide = np.repeat(good, 2, axis=-1)
-    wrong = [good.tolist(), good.astype(np.uint64), good.astype(">i4"), good[None], wide[..., ::2]]
+    misaligned = np.zeros(good.nbytes + 1, np.uint8)[1:].view(good.dtype).reshape(good.shape)
+    wrong = [misaligned, good.tolist(), good.astype(np.uint64), good.astype(">i4"), good[None], wide[..., ::2]]
     return [*wrong, good[:, :1].repeat(4, 1).T] if good.ndim == 2 else wrong
 
 
