@@ -307,6 +307,21 @@ def test_the_encoder_shown_in_the_readme_trains():
     assert 0 < (layers[0] - training.encoder.graph @ training.encoder.table).norm(dim=1).max() <= 0.2 + 1e-6
 
 
+def test_the_encoder_shown_in_the_readme_leaves_an_enhancer_its_loss():
+    names = {**vars(recommender), "ENCODERS": {}}
+    exec(readme_code("class XSimGCL"), names)
+    users, items = torch.tensor([4, 2, 4, 9]), torch.tensor([7, 7, 1, 0])
+    batch = Batch(1, torch.arange(4), users, items, torch.zeros(4, 1, 1, dtype=torch.int64))
+    encoder = names["XSimGCL"](make_log()[0], 6, 2)
+    layers = encoder.layers()
+    contrast = encoder.extra_loss(batch, layers).item()
+    for kind in ("rlmrec_con", "kar"):
+        encoder.enhancer = enhanced(kind).encoder.enhancer
+        alone = encoder.enhancer.extra_loss(batch, *encoder.split(layers)).item()
+        assert alone > 0 or kind == "kar"
+        assert encoder.extra_loss(batch, layers).item() == pytest.approx(contrast + alone, abs=1e-5)
+
+
 # ---- LLM-enhanced recommenders ----------------------------------------------------------------------------------
 
 
