@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -278,9 +279,10 @@ class Run:
     def manifest(self, stage: str) -> dict:
         if not self.has(stage):
             name, *method = stage.split("/")
-            command = f"hnlm-ref {name}" + (f" --preset {self.preset}" if self.preset else "")
-            command += f" --method {method[0]} --seed {method[1].removeprefix('seed')}" if method else ""
-            raise UserError(f"{self.dir / stage} is not finished; run: {command} --run-dir {self.dir}")
+            words = ["hnlm-ref", name, *(("--preset", self.preset) if self.preset else ())]
+            words += ["--method", method[0], "--seed", method[1].removeprefix("seed")] if method else []
+            command = shlex.join([*words, "--run-dir", str(self.dir)])
+            raise UserError(f"{self.dir / stage} is not finished; run: {command}")
         return load_json(self.dir / stage / "manifest.json")
 
     def fingerprint(self, stage: str) -> str:

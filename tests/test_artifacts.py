@@ -290,6 +290,8 @@ def test_a_missing_input_names_the_command_that_makes_it(tmp_path):
         run.folder("train/dns/seed0")
     with pytest.raises(UserError, match=rf"is not finished; run: hnlm-ref sft --run-dir {tmp_path}$"):
         Run(tmp_path).folder("sft")
+    with pytest.raises(UserError, match=r"--preset 'a b.toml' --method '\$x' --seed 0 --run-dir '.* c'$"):
+        Run(tmp_path / "b c", preset="a b.toml").folder("train/$x/seed0")
 
 
 def test_the_manifest_repeats_knobs_counts_and_the_bytes_of_every_file(tmp_path):
