@@ -72,6 +72,8 @@ def check(field: dataclasses.Field, value: Any) -> Any:
             raise ValueError(f"at least {low} is wanted")
         if v is not None and high is not None and not v <= high:
             raise ValueError(f"at most {high} is wanted")
+        if v != v:  # nan, which no comparison would find
+            raise ValueError("a number is wanted")
     return value
 
 

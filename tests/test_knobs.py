@@ -58,6 +58,7 @@ def test_a_value_is_cast_to_the_type_of_its_knob(kind, value, wanted):
         ({"lr": "much"}, "preset: lr = 'much': a number is wanted"),
         ({"cut": -0.01}, "preset: cut = -0.01: at least 0 is wanted"),
         ({"cut": float("nan")}, "preset: cut = nan: at least 0 is wanted"),
+        ({"lr": "nan"}, "preset: lr = 'nan': a number is wanted"),
         ({"cut": 1.01}, "preset: cut = 1.01: at most 1 is wanted"),
         ({"k": []}, "preset: k = []: at least one is wanted"),
         ({"k": 10}, "preset: k = 10: a list is wanted"),
