@@ -99,7 +99,7 @@ def load_preset(name: str | None, beside: Path = Path(), above: tuple[Path, ...]
     if path.resolve() in above:
         raise UserError(f"preset {path} extends itself, by way of {len(above)} file(s); leave out one `extends`")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"preset {path}: {error}") from error
     below = load_preset(cast(str | None, tables.pop("extends", None)), path.parent, (*above, path.resolve()))

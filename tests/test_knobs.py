@@ -125,6 +125,8 @@ def test_a_preset_with_an_unknown_table_or_broken_toml_is_refused(tmp_path):
     (tmp_path / "a.toml").write_text("extends = ['toy', 'ml-100k']\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"no preset .*toy.*: known are"):
         load_preset(str(tmp_path / "a.toml"))
+    (tmp_path / "c.toml").write_text("\ufeff[train]\r\nn_epochs = 7\r\n", encoding="utf-8")  # as Windows writes it
+    assert load_preset(str(tmp_path / "c.toml")) == {"train": {"n_epochs": 7}}
     (tmp_path / "b.toml").write_text("[train\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"b\.toml"):
         load_preset(str(tmp_path / "b.toml"))
