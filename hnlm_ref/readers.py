@@ -195,8 +195,10 @@ def sniff(
             head += more
     if not head.strip():
         raise UserError(f"{path} is empty")
-    if head.startswith(b"PK\x03\x04"):
-        raise UserError(f"{path} is a zip archive; unpack it first")
+    packers = {b"PK\x03\x04": "a zip archive", b"BZh91AY&SY": "packed by bzip2", b"\xfd7zXZ\0": "packed by xz"}
+    if head[257:262] == b"ustar" or any(map(head.startswith, packers)):
+        what = next((what for start, what in packers.items() if head.startswith(start)), "a tar archive")
+        raise UserError(f"{path} is {what}; unpack it first")
     if gzipped and head.startswith(b"PAR1"):
         raise UserError(f"{path} is a Parquet file in gzip; unpack it first")
     given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")

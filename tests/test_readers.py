@@ -1,13 +1,16 @@
 """Every format against counts worked out elsewhere, and every kind of broken file by its sentence."""
 
+import bz2
 import csv
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import shutil
 import subprocess
+import tarfile
 from datetime import timedelta
 
 import polars as pl
@@ -716,6 +719,15 @@ def test_a_parquet_file_without_rows_or_cut_short_and_a_zip_archive_are_refused(
     (tmp_path / "log").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(UserError, match="is a zip archive; unpack it first"):
         prepare(tmp_path / "run", tmp_path / "log")
+    with tarfile.open(tmp_path / "tar", "w") as archive:
+        archive.add(tmp_path / "whole", "yelp.json")
+    tar, text = (tmp_path / "tar").read_bytes(), b"user,item\nu,i\n"
+    packed = {"a tar archive": (tar, gzip.compress(tar)), "packed by bzip2": [bz2.compress(text)]}
+    for what, files in {**packed, "packed by xz": [lzma.compress(text)]}.items():
+        for content in files:
+            (tmp_path / "log").write_bytes(content)
+            with pytest.raises(UserError, match=f"log is {what}; unpack it first"):
+                prepare(tmp_path / "run", tmp_path / "log")
     (tmp_path / "log").write_bytes(gzip.compress((tmp_path / "whole").read_bytes()))
     with pytest.raises(UserError, match="is a Parquet file in gzip; unpack it first"):
         prepare(tmp_path / "run", tmp_path / "log")
