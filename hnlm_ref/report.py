@@ -237,7 +237,8 @@ def write(views: list[View], path: Path, n_explored: int = 200) -> None:
     }
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     with atomic(path) as temporary:
-        temporary.write_text(re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], page), encoding="utf-8")
+        filled = re.sub(r"{{(\w+)}}", lambda place: parts[place[1]], page)
+        temporary.write_text(filled, encoding="utf-8", errors="replace")  # a folder's name may be no UTF-8
 
 
 def _explorer(view: View, n: int) -> dict:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -357,6 +358,13 @@ def test_a_mistake_is_one_sentence(toy_run, tmp_path, cli, words, sentence):
     done = cli(*(word.format(run=toy_run, empty=tmp_path) for word in words), cwd=tmp_path)
     assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_s_name_that_is_no_utf_8_does_not_cost_the_page(toy_run, tmp_path):
+    view = View(toy_run)
+    view.name = os.fsdecode(b"r\xe9")
+    write([view], tmp_path / "page")
+    assert "<title>HNLMRec: r?</title>" in (tmp_path / "page").read_text(encoding="utf-8")
 
 
 def test_the_page_needs_no_other_file_and_is_the_same_when_written_again(marked_run, tmp_path):
