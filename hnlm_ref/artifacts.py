@@ -276,13 +276,16 @@ class Run:
         """Whether the finished stage is that of `key`."""
         return self.has(stage) and self.manifest(stage).get("key") == key
 
+    def command(self, stage: str) -> str:
+        """What to type to have the stage done."""
+        name, *method = stage.split("/")
+        words = ["hnlm-ref", name, *(("--preset", self.preset) if self.preset else ())]
+        words += ["--method", method[0], "--seed", method[1].removeprefix("seed")] if method else []
+        return shlex.join([*words, "--run-dir", str(self.dir)])
+
     def manifest(self, stage: str) -> dict:
         if not self.has(stage):
-            name, *method = stage.split("/")
-            words = ["hnlm-ref", name, *(("--preset", self.preset) if self.preset else ())]
-            words += ["--method", method[0], "--seed", method[1].removeprefix("seed")] if method else []
-            command = shlex.join([*words, "--run-dir", str(self.dir)])
-            raise UserError(f"{self.dir / stage} is not finished; run: {command}")
+            raise UserError(f"{self.dir / stage} is not finished; run: {self.command(stage)}")
         return load_json(self.dir / stage / "manifest.json")
 
     def fingerprint(self, stage: str) -> str:
@@ -324,7 +327,7 @@ class Run:
             for source, wanted in manifest["inputs"].items():
                 if (have := self.fingerprint(source)) != wanted:
                     told = f"{self.dir / stage} was made from {source} {wanted}, but {self.dir / source} is now {have}"
-                    raise UserError(f"{told}; run hnlm-ref {stage.partition('/')[0]} again")
+                    raise UserError(f"{told}; run again: {self.command(stage)}")
         return {stage: manifest["fingerprint"] for stage, manifest in found.items()}
 
 

@@ -63,8 +63,8 @@ def check(field: dataclasses.Field, value: Any) -> Any:
     """Cast `value` to the field's type and hold it against its words and bounds. Raises ValueError."""
     value = cast(field.type, value)
     choices, low, high = (field.metadata.get(name) for name in ("choices", "low", "high"))
-    if value == () and field.default:
-        raise ValueError("at least one is wanted")
+    if value == "" or (value == () and field.default):  # of a shell's variable, perhaps, that is not set
+        raise ValueError("at least one is wanted" if value == () else "it is empty")
     for v in value if isinstance(value, tuple) else (value,):
         if choices and v not in choices:
             raise ValueError(f"one of {', '.join(choices)} is wanted")
@@ -93,7 +93,7 @@ def load_preset(name: str | None, beside: Path = Path(), above: tuple[Path, ...]
     """
     if name is None:
         return {}
-    path = beside / name if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    path = beside / resolve_path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"no preset {name!r}: {unknown(name, sorted(p.stem for p in PRESETS.glob('*.toml')))}")
     if path.resolve() in above:
@@ -215,10 +215,14 @@ class StageCommand(click.Command):
         layers = [(f"preset [{self.stage}]", tables.get(self.stage, {}))]
         if self.stage == "train":
             method = (layers[0][1] | typed[1]).get("method", "uniform")
-            samplers = next(f.metadata["choices"] for f in dataclasses.fields(self.config) if f.name == "sampler")
-            where, knobs = method_layer(tables, method, samplers)
+            where, knobs = method_layer(tables, method, self.samplers)
             layers.append((where, {k: v for k, v in knobs.items() if k not in typed[1]}))
         return resolve(self.config, *layers, typed)
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """The words of training's knob `sampler`."""
+        return next(f.metadata["choices"] for f in dataclasses.fields(self.config) if f.name == "sampler")
 
     def line(self, words: dict[str, Any]) -> list[str]:
         """What to type for this stage with these options; those that it does not have are left out."""

@@ -157,7 +157,7 @@ def locate(path: Path) -> tuple[Path, *tuple[Path | None, ...]]:
 def _open(path: Path) -> Iterator[Any]:
     """The file's bytes, unpacked."""
     if not path.is_file():
-        what = "a folder, not a file" if path.is_dir() else "no such file"
+        what = "a folder, not a file" if path.is_dir() else "no ordinary file" if path.exists() else "no such file"
         raise UserError(f"{path}: {what}; stages/DATA.md tells what is read, and where the data of the presets goes")
     with path.open("rb") as packed:
         gzipped = packed.read(2) == b"\x1f\x8b"

@@ -97,7 +97,7 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     tuning = run.manifest("sft")
     knobs = tuning["knobs"]
     if file_fingerprint(resolve_path(knobs["model"])) != tuning["counts"]["model fingerprint"]:
-        raise UserError(f"model {knobs['model']} is no longer the one that was tuned; run hnlm-ref sft again")
+        raise UserError(f"model {knobs['model']} is no longer the one that was tuned; run again: {run.command('sft')}")
     cf = [load_npy(sft / f"cf_{side}.npy") for side in ("user", "item")]
     text = [load_npy(sft / f"{side}_text.npy") for side in ("user", "item")]
     if (prep.n_items - prep.train.degrees() <= cfg.skip_ranks).all():

@@ -94,6 +94,7 @@ def python_of(stage, run, **words):
 def test_compare_trains_every_setting_once_and_the_best_with_all_seeds(finished, capsys):
     run, batches = finished
     tables, stages = {"grid": {"dns": {"pool_size": [2, 4]}}}, {name: load_stage(name) for name in ("train", "eval")}
+    tables["grid"]["ahns"] = {"ahns_beta": [0.1, 0.5]}  # of a preset that is extended: not asked for here
     text = compare.compare(run, tables, stages, (), 2)
     assert "budgets differ: uniform 1 settings, dns 2 settings, hnlm 1 settings" in capsys.readouterr().err
     tuned, trained = (

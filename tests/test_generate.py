@@ -514,7 +514,10 @@ def test_a_model_changed_since_tuning_is_refused(toy_run, tmp_path):
     manifest = load_json(run / "sft" / "manifest.json")
     manifest["counts"]["model fingerprint"] = "0" * 16
     save_json(run / "sft" / "manifest.json", manifest)
-    with pytest.raises(UserError, match="model tiny is no longer the one that was tuned; run hnlm-ref sft again"):
+    with pytest.raises(
+        UserError,
+        match=f"model tiny is no longer the one that was tuned; run again: hnlm-ref sft --preset toy --run-dir {run}$",
+    ):
         generate(run)
 
 

@@ -63,6 +63,7 @@ def test_a_value_is_cast_to_the_type_of_its_knob(kind, value, wanted):
         ({"k": []}, "preset: k = []: at least one is wanted"),
         ({"k": 10}, "preset: k = 10: a list is wanted"),
         ({"k": [10, 0]}, "preset: k = [10, 0]: at least 1 is wanted"),
+        ({"mode": ""}, "preset: mode = '': it is empty"),
         ({"mode": "tex"}, "preset: mode = 'tex': one of text, cf is wanted"),
         ({"deep": 1}, "preset: deep = 1: true or false is wanted"),
     ],
@@ -206,13 +207,15 @@ def test_the_line_of_a_stage_names_the_options_that_it_has():
     assert line({"deep": "false"})[2:] == ["--no-deep"]
 
 
-def test_a_preset_lies_over_the_one_it_extends(tmp_path):
+def test_a_preset_lies_over_the_one_it_extends(tmp_path, monkeypatch):
     (tmp_path / "low.toml").write_text("[run]\nseed = 1\nn_seeds = 2\n[methods.a]\nlr = 0.1\ndim = 8\n")
     (tmp_path / "high.toml").write_text(
         'extends = "low.toml"\n[run]\nseed = 3\n[methods.a]\ndim = 9\n[prep]\nk_core = 2\n'
     )
     expected = {"run": {"seed": 3, "n_seeds": 2}, "methods": {"a": {"lr": 0.1, "dim": 9}}, "prep": {"k_core": 2}}
     assert load_preset(str(tmp_path / "high.toml")) == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_preset("~/high.toml") == expected
     (tmp_path / "lost.toml").write_text('extends = "toyz"\n')
     with pytest.raises(UserError, match=r"no preset 'toyz': did you mean 'toy'"):
         load_preset(str(tmp_path / "lost.toml"))

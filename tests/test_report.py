@@ -420,6 +420,7 @@ def test_a_run_that_has_changed_since_its_evaluation_is_refused(toy_run, tmp_pat
     for words in (("show", run), ("report", run), ("export", run, "--what", "recommendations", "--format", "csv")):
         done = cli(*words, cwd=tmp_path)
         assert done.returncode == 1 and f"eval was made from {stage} {manifest['fingerprint']}, but" in done.stderr
+        assert done.stderr.endswith(f"is now changed; run again: hnlm-ref eval --run-dir {run}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
