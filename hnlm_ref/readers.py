@@ -29,6 +29,8 @@ from hnlm_ref.knobs import unknown
 JSON = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is nothing
 BLOCK = 1 << 23  # bytes read at once
 HEAD = 1 << 18  # bytes looked at to find out what a file is
+PACKED = {rb"PK\x03\x04": "a zip archive", rb".{257}ustar": "a tar archive", rb"BZh\d1AY&SY": "packed by bzip2"}
+PACKED |= {rb"\xfd7zXZ\0": "packed by xz", rb"\x28\xb5\x2f\xfd": "packed by zstd"}  # by how they begin; gzip is read
 LOG_ROLES = ("user", "item", "history", "rating", "time", "text")  # history: several items in one field, oldest first
 ITEM_ROLES = ("item", "title", "brand", "categories", "description", "features")
 
@@ -195,10 +197,9 @@ def sniff(
             head += more
     if not head.strip():
         raise UserError(f"{path} is empty")
-    packers = {b"PK\x03\x04": "a zip archive", b"BZh91AY&SY": "packed by bzip2", b"\xfd7zXZ\0": "packed by xz"}
-    if head[257:262] == b"ustar" or any(map(head.startswith, packers)):
-        what = next((what for start, what in packers.items() if head.startswith(start)), "a tar archive")
-        raise UserError(f"{path} is {what}; unpack it first")
+    for start, what in PACKED.items():
+        if re.match(start, head, re.S):
+            raise UserError(f"{path} is {what}; unpack it first")
     if gzipped and head.startswith(b"PAR1"):
         raise UserError(f"{path} is a Parquet file in gzip; unpack it first")
     given, encoding = encoding, encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")

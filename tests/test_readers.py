@@ -724,8 +724,12 @@ def test_a_parquet_file_without_rows_or_cut_short_and_a_zip_archive_are_refused(
     with tarfile.open(tmp_path / "tar", "w") as archive:
         archive.add(tmp_path / "whole", "yelp.json")
     tar, text = (tmp_path / "tar").read_bytes(), b"user,item\nu,i\n"
-    packed = {"a tar archive": (tar, gzip.compress(tar)), "packed by bzip2": [bz2.compress(text)]}
-    for what, files in {**packed, "packed by xz": [lzma.compress(text)]}.items():
+    packed = {
+        "a tar archive": (tar, gzip.compress(tar)),
+        "packed by bzip2": [bz2.compress(text, 1), bz2.compress(text)],
+    }
+    packed |= {"packed by xz": [lzma.compress(text)], "packed by zstd": [bytes.fromhex("28b52ffd") + bytes(20)]}
+    for what, files in packed.items():
         for content in files:
             (tmp_path / "log").write_bytes(content)
             with pytest.raises(UserError, match=f"log is {what}; unpack it first"):
