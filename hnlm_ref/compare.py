@@ -79,8 +79,9 @@ def compare(
     Raises UserError for a setting that cannot be trained, also for want of a stage it reads, before anything runs.
     """
     grids: dict[str, dict] = tables.get("grid", {})
-    known = dict.fromkeys([*run.methods, *tables.get("methods", {}), *stages["train"].samplers])
-    for name in grids:  # of methods that are not asked for, too: a preset may extend another
+    asked = [*run.methods, *tables.get("run", {}).get("methods", ())]  # --methods may ask for some of the preset's only
+    known = dict.fromkeys([*asked, *tables.get("methods", {}), *stages["train"].samplers])  # it may extend another
+    for name in grids:
         if name not in known:
             raise UserError(f"preset [grid.{name}]: there is no such method; {unknown(name, known)}")
     n_threads = max(1, (run.n_threads or os.cpu_count() or 1) // n_jobs)

@@ -63,8 +63,10 @@ def check(field: dataclasses.Field, value: Any) -> Any:
     """Cast `value` to the field's type and hold it against its words and bounds. Raises ValueError."""
     value = cast(field.type, value)
     choices, low, high = (field.metadata.get(name) for name in ("choices", "low", "high"))
-    if value == "" or (value == () and field.default):  # of a shell's variable, perhaps, that is not set
-        raise ValueError("at least one is wanted" if value == () else "it is empty")
+    if value == "":  # perhaps that of a shell's variable which is not set
+        raise ValueError("it is empty")
+    if value == () and field.default:
+        raise ValueError("at least one is wanted")
     for v in value if isinstance(value, tuple) else (value,):
         if choices and v not in choices:
             raise ValueError(f"one of {', '.join(choices)} is wanted")

@@ -94,7 +94,9 @@ def python_of(stage, run, **words):
 def test_compare_trains_every_setting_once_and_the_best_with_all_seeds(finished, capsys):
     run, batches = finished
     tables, stages = {"grid": {"dns": {"pool_size": [2, 4]}}}, {name: load_stage(name) for name in ("train", "eval")}
-    tables["grid"]["ahns"] = {"ahns_beta": [0.1, 0.5]}  # of a preset that is extended: not asked for here
+    tables["run"] = {"methods": ["dns", "mixgcf@dim=8"]}
+    for name in ("ahns", "mixgcf@dim=8"):  # of a preset that is extended, and of its list: not asked for here
+        tables["grid"][name] = {"pool_size": [3, 5]}
     text = compare.compare(run, tables, stages, (), 2)
     assert "budgets differ: uniform 1 settings, dns 2 settings, hnlm 1 settings" in capsys.readouterr().err
     tuned, trained = (
