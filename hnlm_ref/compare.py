@@ -79,8 +79,9 @@ def compare(
     Raises UserError for a setting that cannot be trained, also for want of a stage it reads, before anything runs.
     """
     grids: dict[str, dict] = tables.get("grid", {})
-    asked = [*run.methods, *tables.get("run", {}).get("methods", ())]  # --methods may ask for some of the preset's only
-    known = dict.fromkeys([*asked, *tables.get("methods", {}), *stages["train"].samplers])  # it may extend another
+    # --methods may ask for some of the preset's methods only, and the preset may extend one that has others.
+    asked = [*run.methods, *tables.get("run", {}).get("methods", ())]
+    known = dict.fromkeys([*asked, *tables.get("methods", {}), *stages["train"].samplers])
     for name in grids:
         if name not in known:
             raise UserError(f"preset [grid.{name}]: there is no such method; {unknown(name, known)}")

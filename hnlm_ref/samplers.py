@@ -238,8 +238,8 @@ def semantic_guard(item_text: np.ndarray, train: Csr, threshold: float) -> Csr:
     def cosines() -> Iterator[Tensor]:
         """Of every training pair's item with all items, float32 [I] each."""
         n_together = max(1, (1 << 26) // len(text))  # thin products are slow, all of them at once may be many GB
-        for start in range(0, train.nnz, n_together):
-            own, place = np.unique(train.indices[start : start + n_together], return_inverse=True)
+        for some in np.split(train.indices, range(n_together, train.nnz, n_together)):
+            own, place = np.unique(some, return_inverse=True)
             yield from map(functional.linear(text[own], text).__getitem__, place)
 
     found, rows = [], cosines()

@@ -48,7 +48,7 @@ def tune(
     gradients; everything else each of them does alike. Micro-batch m of step s is the same whenever and wherever it is
     computed. Returns {"step", "log": one dict per look, "best": its place in the log}.
     """
-    device = targets.device
+    device, unit = targets.device, normalize(targets, dim=1)  # [I, d_out]
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     learnt = {name: t for name, t in model.state_dict().items() if name in trainable or name.startswith("head.")}
     groups = [{"params": [p for n, p in trainable.items() if ("lora_" in n) is lora]} for lora in (True, False)]
@@ -62,7 +62,7 @@ def tune(
         model.eval()
         n, totals = 0, Counter[str]()
         for _, o, u, i, j in llm.in_parallel(read, llm.cut(held_out, batch_size), device.type):
-            cosine = normalize(o, dim=1) @ normalize(targets, dim=1).T  # [B, I]
+            cosine = normalize(o, dim=1) @ unit.T  # [B, I]
             to_p, to_n = cosine.gather(1, j), cosine.gather(1, i[:, None])
             figures = losses(o, u, i, j)
             figures["accuracy"] = (to_p > to_n).float().mean()
@@ -84,7 +84,6 @@ def tune(
         # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
         probed = llm.in_parallel(read, llm.cut(users[:probe_users], batch_size), device.type)
         h, _, _, i, j = (torch.cat(x) for x in zip(*probed, strict=True))
-        unit = normalize(targets, dim=1)
         model.head.solve(h, normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i])
         state["log"].append({"step": 0, "head": "solved", **look(0)})
         say("\n".join(f"[sft] {line}" for line in state["log"]))

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 from datetime import timedelta
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -668,7 +669,7 @@ def test_a_folder_in_place_of_a_file_and_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         prepare(tmp_path / "run", tmp_path / "nothing.csv")
     with pytest.raises(UserError, match="/dev/null: no ordinary file"):
-        prepare(tmp_path / "run", type(tmp_path)(os.devnull))
+        prepare(tmp_path / "run", Path(os.devnull))
 
 
 def test_big_things_are_no_trouble(tmp_path):
