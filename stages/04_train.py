@@ -74,6 +74,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.sampler == "hnlm_matched" and self.base_sampler == "mixgcf":
             raise UserError("hnlm_matched: mixgcf makes vectors, not items that matched ones could replace; use hnlm")
+        if "dns_mn" in (self.sampler, self.base_sampler) and self.n_top > self.pool_size:
+            raise UserError(f"n_top {self.n_top} is above pool_size {self.pool_size}: dns_mn draws from the pool")
         if self.enhancer == "rlmrec_gen" and (self.backbone == "mf" or self.n_layers == 0):
             raise UserError("rlmrec_gen tells a masked node by its neighbours, which mf and 0 layers do not look at")
 

@@ -67,6 +67,7 @@ def test_help_of_all_shows_the_knobs_of_every_stage(cli):
         (("all", "-o", "sft.rank_from=9", "-o", "sft.rank_to=9"), "rank_from 9 and rank_to 9 leave no rank"),
         (("all", "-o", "generate.min_similarity=0.5", "-o", "generate.max_similarity=0.2"), "0.5 is above max_similar"),
         (("all", "--methods", "hnlm_matched", "-o", "train.base_sampler=mixgcf"), "mixgcf makes vectors, not items"),
+        (("all", "--methods", "dns_mn", "-o", "train.n_top=5"), "n_top 5 is above pool_size 4"),
         (("train", "--enhancer", "rlmrec_gen", "--backbone", "mf"), "which mf and 0 layers do not look at"),
         (("eval", "--preset", "toy", "--k", "0"), "'0': at least 1 is wanted"),
         (("eval", "--preset", "toy", "--k", ""), "'': at least one is wanted"),
