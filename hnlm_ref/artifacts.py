@@ -112,7 +112,7 @@ def load_jsonl(path: Path) -> list[dict]:
 
 @dataclass(frozen=True)
 class Csr:
-    """A set of (row, column) pairs: each row's columns ascending and unique (cases A12, E05).
+    """A set of (row, column) pairs: each row's columns ascending and unique (case E05).
 
     indptr   int64 [n_rows + 1]
     indices  int32 [nnz], row r is indices[indptr[r]:indptr[r + 1]]

@@ -18,7 +18,7 @@ def mlp(n_in: int, n_out: int) -> nn.Sequential:
 
 
 class Enhancer(nn.Module):
-    """text float32 [U + I, d_llm], users first; standardised, since raw hidden states are nearly parallel (Choice).
+    """text float32 [U + I, d_llm], users first. Choice: standardised, since raw hidden states are nearly parallel.
 
     weight  lambda_extra, of what `augment` adds; that of the loss is stage 04's to apply
     """

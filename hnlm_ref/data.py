@@ -250,7 +250,7 @@ def split(
 
 
 def unseen(log: Log, drop: bool, counts: dict) -> Log:
-    """Count the held-out rows whose user or item has no training row, and leave them out if asked (cases A15, G08)."""
+    """Count the held-out rows whose user or item has no training row, and leave them out if asked (case A15)."""
     train = log.part == 0
     new_user, new_item = (~np.isin(numbers, numbers[train]) for numbers in (log.user, log.item))
     counts["held-out rows of unseen users"] = int(new_user.sum())

@@ -1,8 +1,9 @@
 """One function per equation.
 
-Letters of the shapes, here and in every module: U users, I items, R training pairs, B rows of a batch, n negatives per
-row, M candidates per negative, d recommender dimension, d_llm dimension of the language model, N generated pairs,
-P rows of a batch that have a generated negative, m matched items per pair, K length of a list.
+Letters of the shapes, here and in every module but llm.py, which has its own: U users, I items, R training pairs, B
+rows of a batch, n negatives per row, M candidates per negative, d recommender dimension, d_llm dimension of the
+language model, N generated pairs, P rows of a batch that have a generated negative, m matched items per pair, K length
+of a list, L layers of an encoder, d_cf and d_out dimensions of the warm-up and of the vectors that tuning compares.
 """
 
 import contextlib
@@ -97,7 +98,7 @@ def score_gaps(user_emb: Tensor, pos_emb: Tensor, neg_emb: Tensor) -> Tensor:
 def bpr_loss(gaps: Tensor) -> Tensor:
     """log(1 + sum over negatives of exp(s_uj - s_ui)), mean over the batch (Rendle et al. 2009; several: case E15).
 
-    gaps [B, n]. In softplus form: never log(sigmoid), nothing added inside a log (cases E02, X25).
+    gaps [B, n]. In softplus form: never log(sigmoid), nothing added inside a log (case E02).
 
     >>> bpr_loss(torch.tensor([[0.0, 0.0]])).exp()  # two negatives that score as the positive does: ln 3
     tensor(3.)
@@ -107,7 +108,7 @@ def bpr_loss(gaps: Tensor) -> Tensor:
 
 
 def hinge_loss(gaps: Tensor, margin: float) -> Tensor:
-    """max(0, margin - s_ui + s_uj), mean over batch and negatives: the released code's ranking loss (case X10).
+    """max(0, margin - s_ui + s_uj), mean over batch and negatives: the released code's ranking loss.
 
     >>> hinge_loss(torch.tensor([[-1.0, 0.25]]), margin=0.25)  # 0 and 0.5
     tensor(0.2500)
@@ -186,7 +187,7 @@ def sft_loss(
 
     out, positive, negative  [B, d]: h, the mined hard negative, the item that was taken
     users, items             int64 [B]: a column of the same user or the same item is left out, the row's own stays
-    In softplus form, finite in every dtype: cosines -1 and 1 at tau 0.05 give 40 (cases D13, X28, X29).
+    In softplus form, finite in every dtype: cosines -1 and 1 at tau 0.05 give 40 (case D13).
 
     >>> h, p, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
     >>> sft_loss(h, p, n, torch.tensor([0]), torch.tensor([0]), temperature=0.05)

@@ -5,7 +5,7 @@ item number ascending; recall divides by the number of held-out items |T_u|, als
 gain 1/log2(rank + 1) and an ideal list of min(K, |T_u|); precision divides by K; hit is 1 when at least one held-out
 item is in the first K; MRR is the reciprocal rank of the first; MAP divides by min(K, |T_u|). Users with nothing held
 out have NaN and are left out of means, and counted. Nothing is rounded before it is printed (case C18), and nothing is
-ranked against a sample of items (case C19).
+ranked against a sample of items.
 """
 
 from collections.abc import Callable, Sequence

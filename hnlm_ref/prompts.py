@@ -1,9 +1,9 @@
 """Every prompt of the project, and the parser of the model's replies.
 
 Paper: the profile instructions S_v and S_u, the query q(u, i), and the zero-shot question of the text mode. All wording
-is our own; the released files disagree with each other, and the item-profile prompt is missing there (X40, X41).
-Numbers never enter a prompt as digits: collaborative vectors are soft tokens (case D19). Words of a data set are put
-in with `replace`, so braces in a title do no harm.
+is our own; the released files disagree with each other, and the item-profile prompt is missing there. Numbers never
+enter a prompt as digits: collaborative vectors are soft tokens (case D19). `fill` puts the words of a data set in, in
+one pass, so braces in a title do no harm.
 """
 
 import json

@@ -198,7 +198,7 @@ class Sampler:
         return pool.gather(2, place[..., None])[..., 0]
 
     def ramp(self, epoch: int) -> float:
-        """Share of the generated negatives' full weight in this epoch: rises linearly to 1 (Choice)."""
+        """Choice: share of the generated negatives' full weight in this epoch: rises linearly to 1."""
         return min(1.0, epoch / (self.n_ramp_epochs + 1))
 
     def _with_matched(self, batch: Batch) -> Tensor:
@@ -227,7 +227,7 @@ GUARD_SPARE = 8  # Choice: candidates drawn beyond M under the guard
 
 
 def semantic_guard(item_text: np.ndarray, train: Csr, threshold: float) -> Csr:
-    """Items too similar to what a user took to be trusted as negatives.
+    """Choice: items too similar to what a user took to be trusted as negatives; nothing like it is in the paper.
 
     Similarity: mean of the three largest cosines between the item's text and the user's own items', in standard
     deviations from the user's mean over the items not taken. Blocked is what exceeds `threshold`.

@@ -40,6 +40,8 @@ def tune(
 ) -> dict:
     """Solve the head, tune what is trainable with AdamW, and leave in `model` the weights of the best look.
 
+    Choice: no weight decay, gradients clipped to norm 1, rates that rise over `warmup_steps` and then fall linearly.
+
     read        users -> of their pairs h [B, d_llm], its head o [B, d_out], u, i int64 [B], and j int64 [B, m]
     losses      (o, u, i, j) -> losses by name, of which "objective" is the one to be lowered
     targets     float32 [I, d_out], what o is compared with
@@ -58,7 +60,7 @@ def tune(
     state: dict = {"step": 0, "log": [], "best": 1}
 
     def look(step: int) -> dict[str, float]:
-        """Losses and accuracy on the held-out triplets, and where j ranks in the catalogue by cos(h, .)."""
+        """Losses and accuracy on the held-out triplets, and the share of the catalogue that is nearer to h than j."""
         model.eval()
         n, totals = 0, Counter[str]()
         for _, o, u, i, j in llm.in_parallel(read, llm.cut(held_out, batch_size), device.type):
@@ -81,7 +83,8 @@ def tune(
     else:
         state["log"].append({"step": 0, "head": "random", **look(0)})
         # Choice: the head starts at the ridge regression of what it should say: towards the mean of a pair's hard
-        # negatives, half as far away from the item taken. Tuning then begins with a head that can read h.
+        # negatives, half as far away from the item taken: from further away j is lost in the catalogue
+        # (bench/TRIALS.md). Tuning then begins with a head that can read h.
         probed = llm.in_parallel(read, llm.cut(users[:probe_users], batch_size), device.type)
         h, _, _, i, j = (torch.cat(x) for x in zip(*probed, strict=True))
         model.head.solve(h, normalize(unit[j].mean(1), dim=1) - 0.5 * unit[i])
@@ -97,12 +100,12 @@ def tune(
         epoch, place = divmod(step, n_per_epoch)  # every epoch has its own order
         batches = llm.cut(np.random.default_rng([seed, epoch]).permutation(users).tolist(), batch_size)
         total = [torch.zeros_like(p) for p in trainable.values()]
-        for number, some, counts in own_share(batches[place * grad_accum :][:grad_accum], team):
+        for number, some, is_own in own_share(batches[place * grad_accum :][:grad_accum], team):
             of_batch = hash((seed, step, number))
             figures, gradients = llm.gradients(model, lambda some: read(some)[1:], some, losses, of_batch)
             for so_far, gradient in zip(total, gradients, strict=True):
-                so_far.add_(gradient, alpha=counts / grad_accum)
-            seen += counts * torch.tensor([figures["loss"].item(), 1.0], device=device)
+                so_far.add_(gradient, alpha=is_own / grad_accum)
+            seen += is_own * torch.tensor([figures["loss"].item(), 1.0], device=device)
         for p, gradient in zip(trainable.values(), accelerate.utils.reduce(total, "sum"), strict=True):
             p.grad = gradient
         rate = min((step + 1) / (warmup_steps + 1), 1 - step / n_steps)

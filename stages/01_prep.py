@@ -48,7 +48,7 @@ class PrepConfig(AskConfig):
     # texts
     profiles: str = knob("template", "who writes the profiles; llm: profile_model or the endpoint", ("template", "llm"))
     profile_model: str = knob("tiny", "model that writes them: tiny, a folder, hub id, .gguf file or package:NAME/path")
-    profile_titles: int = knob(10, "titles of the newest training items in a user's profile", low=1)
+    profile_titles: int = knob(10, "titles in a user's profile, newest first; max_user_tokens of sft cuts it", low=1)
     text_chars: int = knob(2000, "characters kept of an item's text", low=0)
     review_chars: int = knob(0, "characters kept of each training review; 0 writes none", low=0)
     published: tuple[int, ...] = knob((), "users, items, pairs in the paper, printed beside ours")
@@ -59,6 +59,23 @@ class PrepConfig(AskConfig):
             raise UserError(f"valid_ratio {self.valid_ratio} and test_ratio {self.test_ratio} are more than 1 together")
         if self.published and (len(self.published) != 3 or min(self.published) <= 0):
             raise UserError(f"published {','.join(map(str, self.published))}: three positive numbers are wanted")
+
+
+def told(counts: dict) -> str:
+    """What happened to the rows, zeros left out."""
+    shown = {name: count for name, count in counts.items() if count and name != "format"}
+    return ", ".join(f"{k}: {v:,}" if isinstance(v, int) else f"{k}: {v}" for k, v in shown.items())
+
+
+def compare(readings: dict[str, tuple[int, int, int]], published: tuple[int, ...]) -> None:
+    """Print the paper's sizes beside ours under every reading of it, and name the nearest (case X44)."""
+    say("[prep] users, items, pairs; published: {:,} {:,} {:,}".format(*published))
+    distance = {}
+    for name, ours in readings.items():
+        distance[name] = sum(abs(np.log(o / p)) for o, p in zip(ours, published, strict=True))
+        figures = (f"{o:>10,} ({o / p - 1:+.1%})" for o, p in zip(ours, published, strict=True))
+        say(f"[prep] {name:55}" + " ".join(figures))
+    say(f"[prep] nearest: {min(distance, key=lambda name: distance[name])}")
 
 
 def main(cfg: PrepConfig, run: Run) -> dict:
@@ -76,8 +93,9 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     layouts += [readers.sniff(resolve_path(str(path)), same, *how) if path else None for path in parts[1:]]
     for layout in filter(None, layouts):
         say(f"[prep] {layout.path}: {layout}")
+    ready = layouts[2] is not None  # a split that was made elsewhere
     by_time = cfg.split == "time" or cfg.date_from or cfg.date_to
-    if by_time and "history" in layouts[0].columns and not layouts[2]:
+    if by_time and "history" in layouts[0].columns and not ready:
         told_by = "a history, which orders a user's items but tells no time that users share"
         cure = "use leave-one, leave-two or ratio, and no dates"
         raise UserError(f"--date-from, --date-to or --split time: each line of {log_path} is {told_by}; {cure}")
@@ -86,7 +104,7 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     counts = {"format": str(layouts[0]), "rows": len(log)}
     counts |= {"bad rows skipped": len(bad.rows), "rows with blanks around an id": bad.n_trimmed}
 
-    if layouts[2]:
+    if ready:
         say("[prep] a ready split is taken as it is: no filter, no k-core, no other split")
         log = data.ready_split(log, counts)
     else:
@@ -100,7 +118,8 @@ def main(cfg: PrepConfig, run: Run) -> dict:
             cure = "lower k_core" if len(pairs) else "widen min_rating and the dates"
             raise UserError(f"{log_path}: the {cfg.k_core}-core is empty {found}; {cure}; {told(counts)}")
 
-        # Part the pairs. Choice: what a random or last row tests may be an item never trained on, a later row may not.
+        # Part the pairs. Choice: held-out pairs of items or users without a training pair stay in the splits by user,
+        # and are dropped where all rows are split together, by time or at random; both are counted.
         def split(log: data.Log) -> np.ndarray:
             ratios, starts = (cfg.valid_ratio, cfg.test_ratio), (cfg.valid_from, cfg.test_from)
             return data.split(log, cfg.split, ratios, starts, np.random.default_rng(run.seed))
@@ -113,11 +132,12 @@ def main(cfg: PrepConfig, run: Run) -> dict:
         log = data.unseen(log, cfg.split in ("ratio-global", "time"), counts)
     log = data.renumber(log)
     counts |= {name: int((log.part == number).sum()) for number, name in enumerate(data.PARTS)}
-    if not counts["train"] or (not counts["test"] and (layouts[2] or cfg.split in ("ratio-global", "time"))):
+    if not counts["train"] or (not counts["test"] and (ready or cfg.split in ("ratio-global", "time"))):
         raise UserError(f"{log_path}: nothing is left to train on or to test; {told(counts)}; choose another split")
 
     # Texts and profiles; a user's profile sees training rows only (case A20).
-    items_path = resolve_path(cfg.items) if cfg.items else log_path if cfg.item_columns else items_path
+    in_log = log_path if cfg.item_columns else None
+    items_path = resolve_path(cfg.items) if cfg.items else items_path or in_log
     texts = {"encoding": cfg.encoding, "columns": cfg.item_columns, "roles": readers.ITEM_ROLES}
     layout = readers.sniff(items_path, **texts) if items_path else None
     items = data.read_items(layout, log.items, cfg.text_chars, bad, counts)
@@ -128,7 +148,7 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     made = Prep(users, items, *sets[:2], order)
     reviews = []
     if cfg.review_chars and "text" in layouts[0].columns:
-        reviews = data.read_reviews(layouts[0], train, cfg.review_chars, None if layouts[2] else cfg.min_rating)
+        reviews = data.read_reviews(layouts[0], train, cfg.review_chars, None if ready else cfg.min_rating)
     if cfg.profiles == "llm":
         reviews = list(reviews)
         counts |= write_profiles(cfg, made, reviews, cfg.profile_model, run)
@@ -146,23 +166,6 @@ def main(cfg: PrepConfig, run: Run) -> dict:
     counts |= {"users": len(users), "items": len(items), "pairs": len(log)}
     say(f"[prep] {told(counts)}")
     return {"counts": counts}
-
-
-def told(counts: dict) -> str:
-    """What happened to the rows, zeros left out."""
-    shown = {name: count for name, count in counts.items() if count and name != "format"}
-    return ", ".join(f"{k}: {v:,}" if isinstance(v, int) else f"{k}: {v}" for k, v in shown.items())
-
-
-def compare(readings: dict[str, tuple[int, int, int]], published: tuple[int, ...]) -> None:
-    """Print the paper's sizes beside ours under every reading of it, and name the nearest (cases G05, X44)."""
-    say("[prep] users, items, pairs; published: {:,} {:,} {:,}".format(*published))
-    distance = {}
-    for name, ours in readings.items():
-        distance[name] = sum(abs(np.log(o / p)) for o, p in zip(ours, published, strict=True))
-        figures = (f"{o:>10,} ({o / p - 1:+.1%})" for o, p in zip(ours, published, strict=True))
-        say(f"[prep] {name:55}" + " ".join(figures))
-    say(f"[prep] nearest: {min(distance, key=lambda name: distance[name])}")
 
 
 def files(cfg: PrepConfig) -> list[str]:

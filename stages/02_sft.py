@@ -2,7 +2,7 @@
 
 Paper: supervised fine-tuning with collaborative signals. Reads prep/. Writes sft/: cf_user.npy, cf_item.npy (c_u, c_i),
 item_text.npy, user_text.npy (untuned text vectors), targets.npy, triplets.jsonl, adapter/, projections.safetensors,
-log.jsonl.
+log.jsonl (one line per look at the held-out triplets; `loss` is L_sft on the steps since the last).
 
     python stages/02_sft.py --preset toy     # about 15 s on a CPU
 """
@@ -18,7 +18,7 @@ from hnlm_ref.knobs import StageCommand, knob
 
 @dataclass(frozen=True)
 class SftConfig:
-    """Knobs of stage 2. Defaults suit a 135M model on two cores (bench/TRIALS.md), the paper's presets hold its own."""
+    """Knobs of stage 2. Defaults suit a 135M model on two cores (bench/TRIALS.md); released: presets/toys.toml."""
 
     # model
     model: str = knob("tiny", "tiny, a folder, a hub id, a .gguf file, or package:NAME/path")
@@ -93,11 +93,13 @@ def main(cfg: SftConfig, run: Run) -> dict:
     base, tokenizer = llm.load_llm(cfg.model, device, cfg.dtype, cfg.attention, cfg.load_in_4bit)
     llm.check_rows(cfg.model, base, max(cfg.max_user_tokens + cfg.max_item_tokens, llm.TEXT_TOKENS + 2))
     queries = llm.make_queries(tokenizer, prep.users, prep.items, cfg.max_user_tokens, cfg.max_item_tokens)
+    n_parts = prep.n_users + prep.n_items
+    say(f"[sft] {queries.n_shortened:,} of {n_parts:,} prompt parts (a user's, an item's) are cut to their token limit")
 
     # The collaborative signal c_u, c_i: from train alone, early-stopped on valid.
     with team.main_process_first():
         if not (out / "cf_item.npy").exists():
-            how = {"seed": run.seed, "device": device, "n_threads": run.n_threads, "checkpoint_every": 5}
+            how = {"seed": run.seed, "device": device, "n_threads": run.n_threads}
             tables = warm_up(prep.train, prep.valid, **how, checkpoint=out / "warm_up.safetensors")
             for name, table in zip(("cf_user", "cf_item"), tables, strict=True):
                 save_npy(out / f"{name}.npy", table)
@@ -117,7 +119,8 @@ def main(cfg: SftConfig, run: Run) -> dict:
     team.wait_for_everyone()
     item_text = load_npy(out / "item_text.npy")  # [I, d_llm]
 
-    # What p and n are. Choice: fixed vectors, centred (text: whitened), as raw hidden states are nearly parallel.
+    # What p and n are. Choice: fixed vectors, centred, so that what all items share decides no cosine (and of text
+    # whitened, as raw hidden states are nearly parallel).
     targets = llm.whiten(item_text) if cfg.target == "text" else cf_item - cf_item.mean(axis=0)  # [I, d_out]
     if team.is_main_process:
         save_npy(out / "targets.npy", targets)
@@ -151,7 +154,6 @@ def main(cfg: SftConfig, run: Run) -> dict:
         save_jsonl(out / "triplets.jsonl", triplets)
     n_triplets = sum(len(pairs) for pairs in mined.values()) * cfg.n_positives
     say(f"[sft] {n_triplets:,} triplets, those of {len(held_out)} users held out")
-    say(f"[sft] {queries.n_shortened:,} prompt parts cut to their token limit")
 
     # Beside the frozen weights: LoRA, soft tokens, head.
     torch.manual_seed(run.seed)
@@ -197,6 +199,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     return {
         "counts": {
             "users without an item to mine": n_without,
+            "prompt parts cut": queries.n_shortened,
             "model fingerprint": file_fingerprint(resolve_path(cfg.model)),
             "dtype": str(base.dtype).removeprefix("torch."),
             "triplets": n_triplets,

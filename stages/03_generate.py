@@ -9,13 +9,13 @@ one line per question.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hnlm_ref.artifacts import Run, file_fingerprint, load_npy, own_share, resolve_path, save_json, save_npy
+from hnlm_ref.artifacts import Csr, Run, file_fingerprint, load_npy, own_share, resolve_path, save_json, save_npy
 from hnlm_ref.console import UserError, progress, say
 from hnlm_ref.knobs import StageCommand, knob
 from hnlm_ref.profiles import AskConfig
@@ -87,6 +87,29 @@ def in_shards(
     return np.concatenate([load_npy(path, mmap=True) for path in paths]), speed  # held once: it may be many GB
 
 
+def nearest_items(
+    negatives: Any, items: Any, users: np.ndarray, refused: Csr, n: int, cfg: GenerateConfig, n_threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The n items nearest to each negative that are not refused to its user, and their similarities.
+
+    Negatives and items are vectors [N, d_out] and [I, d_out], compared by cosine, or lists of titles, by words.
+    Returns int32 and float32 [N, n], best first; -1: none.
+    """
+    from hnlm_ref import _core
+    from hnlm_ref.llm import cut
+
+    graph, band = (refused.indptr, refused.indices), (cfg.min_similarity, cfg.max_similarity)
+    if isinstance(items, list):
+        return _core.match_titles(negatives, items, users, *graph, n, cfg.min_similarity)
+    blocks = list(zip(cut(negatives, 1 << 14), cut(users, 1 << 14), strict=True))
+    found = [
+        _core.match_items(some, items, theirs, *graph, n, *band, n_threads)
+        for some, theirs in progress(blocks, desc="matching", unit="block")
+    ]
+    matches, scores = (np.concatenate(part) for part in zip(*found, strict=True))
+    return matches, scores
+
+
 def main(cfg: GenerateConfig, run: Run) -> dict:
     import accelerate
     import torch
@@ -155,34 +178,22 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     save_npy(out / "pairs.npy", pairs)
     save_npy(out / "embeddings.npy", h)
 
-    # The nearest items that the user has not taken: by cosine in the space tuning compared in, or by the title's words.
-    item_vectors = load_npy(sft / "targets.npy") if model else text[1]  # [I, d_out]
+    # The nearest items, but for those the user took or the warm-up ranks highest: by the title's words, or by cosine in
+    # the space that tuning compared in.
+    items: Any = load_npy(sft / "targets.npy") if model else text[1]  # [I, d_out]
+    if cfg.mode == "text" and cfg.match == "title":
+        z, items = said, [item["title"] for item in prep.items]
+    elif model:
+        parts = torch.from_numpy(h).split(4096)
+        found = llm.in_parallel(lambda part: model.head(part.float().to(device)).cpu(), parts, device)
+        z = torch.cat(list(found)).numpy()  # [N, d_out]
+    else:
+        z = h.astype(np.float32)
+        if cfg.mode == "embedding":  # around their own mean, where those of titles are around the catalogue's
+            z -= h.mean(axis=0, dtype=np.float32)
     users, graph = np.ascontiguousarray(pairs[:, 0]), (prep.train.indptr, prep.train.indices)
     blocked = negatives.with_best_ranked(prep.train, cf, cfg.skip_ranks, run.n_threads)
-    if cfg.mode == "text" and cfg.match == "title":
-        catalogue = [item["title"] for item in prep.items]
-
-        def match(refused: tuple, n: int) -> Sequence[np.ndarray]:
-            return _core.match_titles(said, catalogue, users, *refused, n, cfg.min_similarity)
-    else:
-        if model:
-            parts = torch.from_numpy(h).split(4096)
-            found = llm.in_parallel(lambda part: model.head(part.float().to(device)).cpu(), parts, device)
-            z = torch.cat(list(found)).numpy()  # [N, d_out]
-        else:
-            z = h.astype(np.float32)
-            z -= 0 if cfg.mode == "text" else h.mean(axis=0, dtype=np.float32)
-        band = cfg.min_similarity, cfg.max_similarity
-        blocks = list(zip(llm.cut(z, 1 << 14), llm.cut(users, 1 << 14), strict=True))
-
-        def match(refused: tuple, n: int) -> Sequence[np.ndarray]:
-            found = [
-                _core.match_items(some, item_vectors, theirs, *refused, n, *band, run.n_threads)
-                for some, theirs in progress(blocks, desc="matching", unit="block")
-            ]
-            return [np.concatenate(part) for part in zip(*found, strict=True)]
-
-    matches, scores = match((blocked.indptr, blocked.indices), cfg.n_matches)  # [N, m]
+    matches, scores = nearest_items(z, items, users, blocked, cfg.n_matches, cfg, run.n_threads)  # [N, m]
     if (matches < 0).all():
         raise UserError("no negative matches any item; widen min_similarity and max_similarity, or lower skip_ranks")
     save_npy(out / "matches.npy", matches)  # [N, m]
@@ -201,8 +212,8 @@ def main(cfg: GenerateConfig, run: Run) -> dict:
     save_json(out / "quality.json", table)
     for figure in table["uniform"]:
         say(f"[generate] {figure:22}" + "".join(f"{name}: {figures[figure]!s:<12}" for name, figures in table.items()))
-    nothing = np.zeros_like(prep.train.indptr), prep.train.indices[:0]
-    nearest = match(nothing, 1)[0]  # [N, 1], were nothing refused
+    nothing = Csr(np.zeros_like(prep.train.indptr), prep.train.indices[:0], prep.n_items)
+    nearest = nearest_items(z, items, users, nothing, 1, cfg, run.n_threads)[0]  # [N, 1]
     n_taken = int((nearest >= 0).sum() - _core.filter_candidates(*graph, users, nearest)[1].sum())
     say(f"[generate] the nearest item of {n_taken / len(pairs):.1%} of the negatives is one their user took: left out")
     counts |= {"pairs": len(pairs), "pairs without match": int((matches[:, 0] < 0).sum())}

@@ -2,13 +2,18 @@
 
 Paper: sections on semantic alignment and training. Reads prep/; generate/ for HNLMRec; sft/ for the guard, the warm
 start and the LLM-enhanced recommenders. Writes train/METHOD/seedK/: model.safetensors, user.npy [U, d] and item.npy
-[I, d] (what is scored), negatives.npy int32 [R n, 2] (user, negative) as the final model would draw them for one epoch,
-log.jsonl (one line per epoch).
+[I, d] (what is scored), negatives.npy int32 [R n, 2] (user, negative) as the final model would draw them for one epoch
+(of hnlm the sampled j alone, as e_hard is no item; of MixGCF layer 0's), log.jsonl (one line per epoch: the losses
+before their weights; norm_hard, norm_sampled: lengths of alpha e_hard and (1 - alpha) e_j; neg_percentile: share of the
+catalogue that scores below the negative; valid_ndcg@20).
 
     python stages/04_train.py --preset toy --method hnlm     # about 3 s on a CPU
 
     loss = L_rank(e_u, e_i, e_minus) + lambda_cl L_cl(e_u, e_i, e_hard) + lambda_reg L2
+           + lambda_extra L_extra (of RLMRec, or of an encoder of your own) + L_anchor(e_hard)
     e_minus = alpha e_hard + (1 - alpha) e_j,    e_hard = adapter(h(u, i)),    j from an ordinary sampler
+
+L_anchor alone trains the adapter when --adapter-grad is "anchored", our default; the paper's "joint" has no such term.
 """
 
 from dataclasses import dataclass, fields
@@ -26,6 +31,9 @@ ORDINARY = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns")
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Knobs of stage 4. n_layers, the initial vectors and L2 are LightGCN's; hinge_margin, lambda_cl and cl_temperature
+    the released code's; the others were chosen on MovieLens-100K (bench/TRIALS.md) or are what `compare` tunes."""
+
     method: str = knob("uniform", "name of the folder, and of the preset's [methods.NAME] table")
     # the recommender
     backbone: str = knob("lightgcn", "encoder", ("lightgcn", "mf"))
@@ -157,38 +165,41 @@ def main(cfg: TrainConfig, run: Run) -> dict:
     if losses.products_vary() and (mixes or own_loss or cfg.enhancer != "none"):
         torch.set_num_threads(1)  # dense products, which would depend on the number of threads
 
+    def mix_in(batch, e_u, e_i, e_minus, item_emb):
+        """e_minus [B, n, d] with e_hard mixed in where there is one, and the terms that only e_hard has."""
+        has, h = generated.vectors_of(batch.rows)  # the P rows with a generated negative, and h(u, i) [P, d_llm]
+        with torch.autocast(run.device, torch.bfloat16, enabled=cfg.amp and run.device == "cuda"):
+            e_hard = model["adapter"](h).float()  # [P, d]
+        # Choice: as long as item vectors are on average. Left free, the ranking loss makes it long and easy (away
+        # from e_u) within an epoch, and alpha means nothing.
+        length = losses.total(item_emb.detach().norm(dim=1)) / prep.n_items
+        e_hard = functional.normalize(e_hard) * length
+        terms = {}
+        if cfg.adapter_grad == "anchored":
+            nearest = generated.matches_of(batch.rows[has])[0][:, 0]  # [P], -1: none, or refused by the guard
+            terms["anchor"] = losses.anchor_loss(e_hard[nearest >= 0], item_emb[nearest[nearest >= 0]])
+            e_hard = e_hard.detach()
+        alpha = cfg.mix_alpha * sampler.ramp(batch.epoch)
+        e_j = e_minus[has]  # [P, n, d]
+        e_minus = e_minus.index_put((has,), losses.mix(e_hard, e_j, alpha))
+        terms["norm_hard"] = alpha * losses.total(e_hard.norm(dim=-1)) / max(len(has), 1)
+        terms["norm_sampled"] = (1 - alpha) * losses.total(e_j.norm(dim=-1)) / max(e_j.shape[:2].numel(), 1)
+        terms["cl"] = losses.contrast_loss(e_u[has], e_i[has], e_hard, cfg.cl_temperature)
+        return e_minus, terms
+
     def batch_loss(batch, layers):
         user_emb, item_emb = encoder.split(layers)  # [U, d], [I, d]
         e_u = losses.take(user_emb, batch.users)  # [B, d]
         e_i = losses.take(item_emb, batch.items)  # [B, d]
         j, e_minus = sampler.pick(batch, layers, user_emb, item_emb)  # [B, n], [B, n, d]
-        total, terms = 0.0, {}
-
+        terms = {}
         if mixes:
-            has, h = generated.vectors_of(batch.rows)  # the P rows with a generated negative, and h(u, i) [P, d_llm]
-            with torch.autocast(run.device, torch.bfloat16, enabled=cfg.amp and run.device == "cuda"):
-                e_hard = model["adapter"](h).float()  # [P, d]
-            # Choice: as long as item vectors are on average. Left free, the ranking loss makes it long and easy (away
-            # from e_u) within an epoch, and alpha means nothing.
-            length = losses.total(item_emb.detach().norm(dim=1)) / prep.n_items
-            e_hard = functional.normalize(e_hard) * length
-            if cfg.adapter_grad == "anchored":
-                nearest = generated.matches_of(batch.rows[has])[0][:, 0]  # [P], -1: none, or refused by the guard
-                target = item_emb[nearest[nearest >= 0]]
-                terms["anchor"] = losses.anchor_loss(e_hard[nearest >= 0], target)
-                total, e_hard = terms["anchor"], e_hard.detach()
-            alpha = cfg.mix_alpha * sampler.ramp(batch.epoch)
-            e_j = e_minus[has]  # [P, n, d]
-            e_minus = e_minus.index_put((has,), losses.mix(e_hard, e_j, alpha))
-            terms["norm_hard"] = alpha * losses.total(e_hard.norm(dim=-1)) / max(len(has), 1)
-            terms["norm_sampled"] = (1 - alpha) * losses.total(e_j.norm(dim=-1)) / max(e_j.shape[:2].numel(), 1)
-            terms["cl"] = losses.contrast_loss(e_u[has], e_i[has], e_hard, cfg.cl_temperature)
-            total = total + cfg.lambda_cl * terms["cl"]
-
+            e_minus, terms = mix_in(batch, e_u, e_i, e_minus, item_emb)
         gaps = losses.score_gaps(e_u, e_i, e_minus)  # [B, n]
         terms["rank"] = losses.bpr_loss(gaps) if cfg.rank_loss == "bpr" else losses.hinge_loss(gaps, cfg.hinge_margin)
         terms["l2"] = encoder.l2(batch, j)
         terms["extra"] = encoder.extra_loss(batch, layers)
+        total = terms.get("anchor", 0.0) + cfg.lambda_cl * terms.get("cl", 0.0)
         total = total + terms["rank"] + cfg.lambda_reg * terms["l2"] + cfg.lambda_extra * terms["extra"]
         terms["neg_percentile"] = samplers.percentile(e_u, e_minus, item_emb)
         return total, terms

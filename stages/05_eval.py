@@ -6,7 +6,7 @@ per_user/METHOD-SEED.npy (float64 [n_columns, U], NaN for users not evaluated).
 
     python stages/05_eval.py --preset toy     # about 3 s on a CPU
 
-metrics.json holds no seconds and nothing is rounded in it. "share" is [value, low, high] with a 95 % interval.
+metrics.json holds no seconds and nothing is rounded in it.
     k, columns                lengths of the lists; the rows of per_user/*.npy, "recall@10" ...
     users, users_without_test, subset     evaluated; left out for want of test items; null, or the --n-users asked for
     popularity_groups         10 groups of items with equal shares of the training interactions, the rarest first:
@@ -16,10 +16,12 @@ metrics.json holds no seconds and nothing is rounded in it. "share" is [value, l
         by_activity           mean ndcg@K over the group's users                         [5]
         lists                 coverage: share of the catalogue recommended to anyone; gini: of how often each item is;
                               head_share: share of all places given to the most popular 20 % of the items
-    negatives.SOURCE          n, distinct_items, top_item_share (how often the most used item serves), false (share
-                              that are held-out positives of their user), chance (the same for uniform draws),
-                              percentile (share of the user's items not trained on that the warm-up scores lower)
-        SOURCE is a method (its sampler's choice with the trained vectors), or "generated" (all matched items)
+    negatives.SOURCE          of users with test items: n, distinct_items, top_item_share (how often the most used item
+                              serves), false (share that are test items of their user, with its 95 % interval: [share,
+                              low, high]), chance (that share for uniform draws), percentile (share of the user's items
+                              not trained on that the warm-up scores lower)
+        SOURCE is a method (items its sampler picks with the trained vectors; of hnlm j alone, without e_hard), or
+        "generated" (all matched items)
     generated                 pairs, without_match, similarity (minimum, quartiles, maximum), status of text replies
 """
 

@@ -240,7 +240,7 @@ def test_a_disk_full_at_the_first_file_leaves_no_folder(tmp_path, monkeypatch):
         MemoryError("Unable to allocate 8.00 EiB for an array"),
     ],
 )
-def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path, error):
+def test_out_of_memory_names_the_knobs_and_keeps_what_is_finished(tmp_path, error):  # case D21
     def main(run):
         save_npy(run.out / "shard.npy", np.zeros(1))
         raise error

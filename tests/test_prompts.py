@@ -14,7 +14,7 @@ CLEAN = '{"hard_negative_item": "Orbit Chess Set", "reasoning": "r"}'
 
 @pytest.mark.parametrize(
     ("raw", "status", "text"),
-    [  # the 14 answers of case D01
+    [  # the 14 answers of case D01; nothing stands in for a missing one (D02)
         (CLEAN, "ok", "Orbit Chess Set"),
         (f"```json\n{CLEAN}\n```", "ok", "Orbit Chess Set"),
         (f"Sure! Here it is:\n{CLEAN}\nHope this helps {{smile}}", "ok", "Orbit Chess Set"),
