@@ -67,6 +67,15 @@ def test_cds_with_titles_counts_targets_and_with_the_histories_all_pairs(shared_
     assert (four["users"], four["items"], four["pairs"]) == (2426, 2356, 17085)
 
 
+def test_columns_of_the_items_are_those_of_the_file_beside_the_log_if_there_is_one(tmp_path):
+    (folder := tmp_path / "known").mkdir()
+    log = "userId,movieId,rating,timestamp\nu1,i1,5,1420070400\nu1,i2,5,1420070401\n"
+    (folder / "ratings.csv").write_text(log, encoding="utf-8")
+    (folder / "movies.csv").write_text("movieId,title,name_de\ni1,Heat,Hitze\ni2,Up,Oben\n", encoding="utf-8")
+    done = prepare(tmp_path / "run", folder, item_columns=("title=name_de",), test_ratio=0.0)
+    assert [item["title"] for item in done.items] == ["Hitze", "Oben"]
+
+
 def test_a_ready_split_is_checked_for_overlap_and_for_ids_outside(shared_data, tmp_path):
     counts = prepare(tmp_path / "film", shared_data / "filmtrust-selfrec").counts
     assert counts["held-out pairs also in an earlier part"] == 1
