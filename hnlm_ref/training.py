@@ -160,7 +160,7 @@ def negatives_of(encoder: Encoder, sampler: Sampler, pairs: np.ndarray, seed: in
     drawn = torch.from_numpy(sampler.draw(np.ascontiguousarray(pairs[:, 0]), epoch_seed(seed, 0))).to(device).long()
     table, picked = torch.from_numpy(pairs.astype(np.int64)).to(device), []
     for rows in torch.arange(len(pairs), device=device).split(batch_size):
-        batch = Batch(1 << 30, rows, table[rows, 0], table[rows, 1], drawn[rows])
+        batch = Batch(10**9, rows, table[rows, 0], table[rows, 1], drawn[rows])
         picked.append(sampler.pick(batch, layers, *encoder.split(layers))[0])
     items = torch.cat(picked).cpu().numpy()  # [R, n]
     return np.stack([np.repeat(pairs[:, 0], items.shape[1]), items.ravel()], 1).astype(np.int32)

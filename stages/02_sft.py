@@ -131,10 +131,10 @@ def main(cfg: SftConfig, run: Run) -> dict:
     blocked = prep.train
     if cfg.guard_threshold is not None:
         blocked = blocked.union(semantic_guard(item_text, prep.train, cfg.guard_threshold))
-    some = rng.permutation(prep.n_users)[: cfg.held_out_users + (cfg.n_users or prep.n_users)].tolist()
+    drawn = rng.permutation(prep.n_users)[: cfg.held_out_users + (cfg.n_users or prep.n_users)].tolist()
     window = (cfg.rank_from, cfg.rank_to) if cfg.mining == "window" else None
     mined = mine_triplets(
-        prep, (cf_user, cf_item), blocked, some, cfg.pairs_per_user, cfg.n_positives, window, cfg.pool_size, rng
+        prep, (cf_user, cf_item), blocked, drawn, cfg.pairs_per_user, cfg.n_positives, window, cfg.pool_size, rng
     )
     # Choice: at most a quarter of the users is held out, so that a small log can be tuned on too.
     held_out = list(mined)[: min(cfg.held_out_users, max(len(mined) // 4, 1))]
@@ -142,7 +142,7 @@ def main(cfg: SftConfig, run: Run) -> dict:
     if not users:
         left = f"only {len(mined)} users have an item not taken, nor refused by guard_threshold, as a negative"
         raise UserError(f"{left}; at least one to tune on and one held out are needed")
-    n_without = len(some) - len(mined)
+    n_without = len(drawn) - len(mined)
     mined = {u: mined[u] for u in (*held_out, *users)}
     if team.is_main_process:
         triplets = (
