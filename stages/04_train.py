@@ -32,7 +32,8 @@ ORDINARY = ("uniform", "popularity", "dns", "dns_mn", "mixgcf", "ahns")
 @dataclass(frozen=True)
 class TrainConfig:
     """Knobs of stage 4. n_layers, the initial vectors and L2 are LightGCN's; hinge_margin, lambda_cl and cl_temperature
-    the released code's; the others were chosen on MovieLens-100K (bench/TRIALS.md) or are what `compare` tunes."""
+    the released code's; ahns_* its authors'; the others were chosen on MovieLens-100K (bench/TRIALS.md) or are what
+    `compare` tunes."""
 
     method: str = knob("uniform", "name of the folder, and of the preset's [methods.NAME] table")
     # the recommender
