@@ -398,6 +398,9 @@ def test_a_pool_mines_what_the_guard_leaves_and_profiles_of_a_model_have_vectors
     assert {(t["user"], t["positive"]) for t in triplets} == set(best.items())
     assert counts["triplets"] == len(triplets) == 2 * 8 * len(best)  # two pairs a user, eight positives each
     assert counts["users without an item to mine"] == prep.n_users - len(best) > 0
+    limits = (load_json(sft / "manifest.json")["knobs"][f"max_{side}_tokens"] for side in ("user", "item"))
+    cut = llm.make_queries(tokenizer, prep.users, prep.items, *limits).n_shortened
+    assert counts["prompt parts cut"] == cut > 0
     of_profiles = llm.text_vectors(model, tokenizer, [user["profile"] for user in prep.users])
     np.testing.assert_allclose(user_text, of_profiles, atol=1e-5)
     np.testing.assert_allclose(targets, llm.whiten(item_text), atol=1e-4)
